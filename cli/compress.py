@@ -1,0 +1,95 @@
+"""``trawl compress``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from .options import build_recipe, model_options, recipe_options, set_verbosity
+
+if TYPE_CHECKING:
+    from trawl.records import Report
+
+
+@click.command()
+@click.argument("model")
+@recipe_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder.  [default: ./MODEL-METHOD-rRANK]")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same recipe.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output once the new one is complete.")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to decompose.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the fit after each sweep.")
+@model_options
+def compress(
+    model: str,
+    recipe_file: Path | None,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    device: str,
+    verbose: bool,
+    revision: str | None,
+    family_file: Path | None,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Decompose the selected weights and write a checkpoint that loads like the original.
+
+    Example: trawl compress HuggingFaceTB/SmolLM2-135M-Instruct --rank 8 --layers 28 --roles fc --group-layers 1
+    """
+    recipe = build_recipe(recipe_file, options)
+    import trawl
+
+    from .console import observing, print_json
+
+    set_verbosity(verbose)
+    with observing(quiet=as_json) as observer:
+        report = trawl.compress(
+            model,
+            recipe,
+            out,
+            revision=revision,
+            family_file=family_file,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            observer=observer,
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_report(report)
+
+
+def print_report(report: Report) -> None:
+    """Print the stacks as a table with totals, and say plainly what may be broken."""
+    from trawl.records import weak_warning
+
+    from .console import print_table, times
+
+    rows = [
+        [
+            stack.name,
+            times(stack.shape),
+            times(stack.rank),
+            f"{stack.relative_error:.5f}",
+            f"{stack.kept_energy:.2%}",
+            f"{stack.parameters_before:,}",
+            f"{stack.parameters_after:,}",
+            f"{stack.iterations}" + ("" if stack.converged else " (cap)"),
+            f"{stack.seconds:.1f}",
+        ]
+        for stack in report.stacks
+    ]
+    before = sum(stack.parameters_before for stack in report.stacks)
+    after = sum(stack.parameters_after for stack in report.stacks)
+    seconds = sum(stack.seconds for stack in report.stacks)
+    rows.append(["total", "", "", "", "", f"{before:,}", f"{after:,}", "", f"{seconds:.1f}"])
+    columns = ("stack", "shape", "rank", "rel. error", "kept energy", "parameters", "in factors", "sweeps", "seconds")
+    print_table("stacks", columns, rows)
+    if report.weak_stacks:
+        click.echo(f"warning: {weak_warning(report)}")
+    click.echo(f"wrote {report.out} in {report.seconds:.1f} s")

@@ -1,0 +1,100 @@
+"""Tables, progress and log lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+ERR = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """Print a table whose first ``left`` columns are text and the others numbers; whole even where it is not a terminal."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # a file has no width to fit into
+        console = Console(width=Console(width=10_000).measure(table).maximum)
+    console.print(table)
+
+
+def log_handler() -> logging.Handler:
+    """Return a handler that writes log lines above a progress bar."""
+    return RichHandler(console=ERR, show_path=False, show_time=False, markup=False, highlighter=None)
+
+
+@contextmanager
+def observing(quiet: bool) -> Iterator[Any]:
+    """Yield an observer for :func:`trawl.compress`: a bar with rate and time left, or plain lines without a terminal."""
+    if quiet:
+        yield lambda stage, done, total: None
+    elif ERR.is_terminal:
+        with _bars() as bars:
+            yield bars
+    else:
+        yield _plain()
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR, transient=True) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def observe(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                for task in tasks.values():
+                    progress.update(task, visible=False)
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done)
+
+        yield observe
+
+
+def _plain() -> Any:
+    state = {"stage": "", "time": 0.0}
+
+    def observe(stage: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        finished = total is not None and done >= total
+        if stage == state["stage"] and not finished and now - float(state["time"]) < PLAIN_SECONDS:
+            return
+        state.update(stage=stage, time=now)
+        share = f" {done / total:.0%}" if total else ""
+        ERR.print(f"{stage}{share}", highlight=False)
+
+    return observe
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def times(sizes: Sequence[int]) -> str:
+    """Write a shape or rank."""
+    return " x ".join(str(size) for size in sizes)

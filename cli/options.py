@@ -1,0 +1,91 @@
+"""Options that several commands share, and the recipe they make."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import rich_click as click
+
+if TYPE_CHECKING:
+    from trawl.recipe import Recipe
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--method", metavar="cp|tucker|svd", help="Decomposition; svd takes each matrix alone.  [default: cp]"),
+    click.option("--rank", metavar="INT|R0,R1,R2", help="Rank; Tucker also takes (stack,inner,hidden)."),
+    click.option("--layers", metavar="20-30,35|all", help="Layers, counted from 0.  [default: all]"),
+    click.option("--roles", metavar="fc|attn|all|LIST", help="Matrices; LIST of q,k,v,o,gate,up,down.  [default: all]"),
+    click.option(
+        "--group-layers",
+        metavar="all|N",
+        help="Layers in one stack; 1 is layer by layer, the paper's best for denoising.  [default: all]",
+    ),
+    click.option("--write", metavar="dense|factored", help="Form of the output.  [default: dense]"),
+    click.option("--seed", type=int, help="Seed of every random choice.  [default: 0]"),
+    click.option("--n-iter-max", type=int, help="Cap on sweeps.  [default: the method's own]"),
+    click.option("--tol", type=float, help="Change of fit under which sweeps stop.  [default: the method's own]"),
+    click.option("--engine", metavar="streaming|tensorly", help="tensorly holds the stack in memory, the reference."),
+    click.option(
+        "--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML with these options; options given win."
+    ),
+)
+
+
+def recipe_options(command: Command) -> Command:
+    """Add the options that make a recipe."""
+    for option in reversed(RECIPE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def model_options(command: Command) -> Command:
+    """Add what names and opens a model, and what every command has."""
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
+        click.option(
+            "--family", "family_file", type=click.Path(path_type=Path), help="YAML family description to use instead."
+        ),
+        click.option("--revision", help="Branch, tag or commit of a hub id."),
+    ):
+        command = option(command)
+    return command
+
+
+def build_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
+    """Lay the options over the recipe file and check the result."""
+    from trawl.recipe import make_recipe, read_recipe
+
+    given = {key: value for key, value in options.items() if value is not None}
+    if "rank" in given:
+        given["rank"] = parse_rank(given["rank"])
+    if str(given.get("group_layers", "all")).lstrip("-").isdigit():
+        given["group_layers"] = int(given["group_layers"])
+    base = read_recipe(recipe_file) if recipe_file else {}
+    origin = "options" if recipe_file is None else f"recipe {recipe_file}"
+    return make_recipe(base | given, origin)
+
+
+def parse_rank(text: str) -> int | tuple[int, ...]:
+    """Read ``64`` or ``3,64,64``."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        raise click.BadParameter(f"{text!r} is not a rank; expected 64 or 3,64,64", param_hint="--rank") from e
+    if len(numbers) not in (1, 3):
+        raise click.BadParameter(f"{text!r} has {len(numbers)} parts; expected 64 or 3,64,64", param_hint="--rank")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def set_verbosity(verbose: bool) -> None:
+    """Send the library's log to the terminal: warnings always, every sweep with ``-v``."""
+    from .console import log_handler
+
+    logger = logging.getLogger("trawl")
+    logger.handlers[:] = [log_handler()]
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False

@@ -1,0 +1,78 @@
+"""``trawl plan``: what compress would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from .options import build_recipe, model_options, recipe_options
+
+if TYPE_CHECKING:
+    from trawl.planning import Plan
+
+
+@click.command()
+@click.argument("model")
+@recipe_options
+@click.option("--save-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
+@model_options
+def plan(
+    model: str,
+    recipe_file: Path | None,
+    save_recipe: bool,
+    revision: str | None,
+    family_file: Path | None,
+    as_json: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Show stacks, ranks, parameters, bytes and memory that compress would need; no weights are read.
+
+    Example: trawl plan HuggingFaceTB/SmolLM2-135M-Instruct --rank 64 --layers 20-29
+    """
+    recipe = build_recipe(recipe_file, options)
+    if save_recipe:
+        click.echo(recipe.to_yaml(), nl=False)
+        return
+    import trawl
+
+    from .console import print_json
+
+    planned = trawl.plan(model, recipe, revision=revision, family_file=family_file)
+    if as_json:
+        print_json(planned.to_json())
+    else:
+        print_plan(planned)
+
+
+def print_plan(planned: Plan) -> None:
+    """Print the plan as a table with totals."""
+    from trawl.stacking import format_layers
+
+    from .console import human_bytes, print_table, times
+
+    rows = [
+        [
+            item.stack.name,
+            format_layers(item.stack.layers),
+            ",".join(item.stack.roles),
+            times(item.stack.shape),
+            times(item.rank),
+            f"{item.stack.parameters:,}",
+            f"{item.parameters_after:,}",
+        ]
+        for item in planned.stacks
+    ]
+    columns = ("stack", "layers", "roles", "shape", "rank", "parameters", "in factors")
+    title = f"{planned.checkpoint.origin}: {planned.match.family}, {planned.recipe.method}, write {planned.recipe.write}"
+    print_table(title, columns, rows, left=3)
+    for note in (*planned.match.assumed, *planned.notes):
+        click.echo(f"note: {note}")
+    click.echo(
+        f"output {human_bytes(planned.output_bytes)} in {len(planned.checkpoint.shards)} shards, "
+        f"{len(planned.changed_tensors)} of {len(planned.checkpoint.tensors)} tensors changed; "
+        f"work files {human_bytes(planned.work_bytes)}; memory about {human_bytes(planned.memory)}; "
+        f"about {planned.flops / 1e9:,.0f} GFLOP"
+    )

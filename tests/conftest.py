@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tests.zoo import save_zoo
+
+Zoo = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Return a function that gives a family's tiny checkpoint, made once a session and never to be written to."""
+    made: dict[tuple[str, int, torch.dtype], Path] = {}
+
+    def folder(name: str, shards: int = 1, dtype: torch.dtype = torch.float32) -> Path:
+        key = (name, shards, dtype)
+        if key not in made:
+            made[key] = save_zoo(name, tmp_path_factory.mktemp("zoo") / f"{name}-{shards}", shards, dtype)
+        return made[key]
+
+    return folder

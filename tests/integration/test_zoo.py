@@ -1,0 +1,136 @@
+"""Every family x method x shard layout, all the way: compress, compare bytes, load in plain transformers."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import trawl
+from tests.zoo import ZOO
+from trawl.checkpoint import Checkpoint, open_folder
+from trawl.planning import match_checkpoint
+from trawl.writing import multiply_out
+
+RANKS = {"cp": 4, "tucker": (2, 5, 6), "svd": 4}
+
+
+def load(name: str, folder: Path) -> torch.nn.Module:
+    model, info = getattr(transformers, ZOO[name].auto).from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    return model.eval()
+
+
+def logits(name: str, folder: Path) -> torch.Tensor:
+    tokens = torch.arange(3, 35).reshape(2, 16)
+    with torch.no_grad():
+        return load(name, folder)(tokens).logits
+
+
+def stored_bytes(checkpoint: Checkpoint, name: str) -> bytes:
+    info = checkpoint.tensors[name]
+    with (checkpoint.folder / info.shard).open("rb") as file:
+        file.seek(info.start)
+        return file.read(info.nbytes)
+
+
+def folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("method", RANKS)
+@pytest.mark.parametrize("name", ZOO)
+def test_denoised_checkpoint_loads_and_keeps_the_rest(name, method, shards, zoo, tmp_path):
+    source = zoo(name, shards)
+    before = folder_hash(source)
+    recipe = trawl.Recipe(method=method, rank=RANKS[method], layers="1-2")
+    report = trawl.compress(source, recipe, tmp_path / "out")
+    assert folder_hash(source) == before
+
+    old, new = open_folder(source), open_folder(tmp_path / "out")
+    assert [shard.header for shard in new.shards] == [shard.header for shard in old.shards]
+    changed = {tensor for stack in report.stacks for tensor in stack.tensors}
+    for tensor in old.tensors:
+        same = stored_bytes(old, tensor) == stored_bytes(new, tensor)
+        assert same == (tensor not in changed), tensor
+    assert {str(file) for file in old.side_files} == {str(file) for file in new.side_files}
+    for file in old.side_files:
+        assert (source / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+
+    assert torch.isfinite(logits(name, tmp_path / "out")).all()
+    for stack in report.stacks:
+        assert 0.01 < stack.relative_error < 1.0
+        assert stack.kept_energy == pytest.approx(1 - stack.relative_error**2)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("name", ZOO)
+def test_full_tucker_rank_gives_the_same_logits(name, shards, zoo, tmp_path):
+    source = zoo(name, shards)
+    for kind in ("fc", "attn"):  # a triple names one stack's shape, so kinds go one after the other
+        planned = trawl.plan(source, trawl.Recipe(method="tucker", rank=1, roles=kind))
+        for item in planned.stacks:
+            out = tmp_path / item.stack.name
+            recipe = trawl.Recipe(method="tucker", rank=item.stack.shape, roles=item.stack.roles)
+            (report,) = trawl.compress(source, recipe, out).stacks
+            assert report.relative_error < 1e-5
+            assert report.shape == report.rank == item.stack.shape
+            torch.testing.assert_close(logits(name, out), logits(name, source), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ZOO)
+def test_stack_and_unstack_is_bit_exact(name, dtype, zoo):
+    checkpoint = open_folder(zoo(name, 1, dtype))
+    rebuilt = {}
+    for part in match_checkpoint(checkpoint).placements:
+        original = checkpoint.read(part.tensor)
+        target = rebuilt.setdefault(part.tensor, torch.full_like(original, float("nan")))
+        part.view.scatter(part.view.apply(original).clone(), target)
+    assert rebuilt
+    for tensor, target in rebuilt.items():
+        assert torch.equal(target, checkpoint.read(tensor)), tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_stored_dtype_is_kept_and_measured_as_written(dtype, zoo, tmp_path):
+    source = zoo("llama", 1, dtype)
+    report = trawl.compress(source, trawl.Recipe(rank=6, roles="fc"), tmp_path / "out")
+    old, new = open_folder(source), open_folder(tmp_path / "out")
+    (stack,) = report.stacks
+    reference = torch.cat([old.read(name).double().flatten() for name in stack.tensors])
+    written = torch.cat([new.read(name).double().flatten() for name in stack.tensors])
+    assert all(new.read(name).dtype == dtype for name in stack.tensors)
+    measured = float((reference - written).norm() / reference.norm())
+    assert stack.relative_error == pytest.approx(measured, rel=1e-6)
+
+
+def test_an_unlisted_llama_like_family_goes_through_the_fallback(tmp_path):
+    from tests.zoo import save_unlisted
+
+    source = save_unlisted(tmp_path / "source")
+    planned = trawl.plan(source, trawl.Recipe(rank=4))
+    assert planned.match.assumed
+    trawl.compress(source, trawl.Recipe(rank=4, roles="fc"), tmp_path / "out")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_multiply_out_measures_transposed_and_plain_outputs_alike():
+    torch.manual_seed(0)
+    factors = trawl.Factors(torch.randn(40, 3), torch.randn(24, 4), torch.randn(2, 3, 4))
+    original = torch.randn(40, 24)
+    plain, turned = torch.empty(40, 24), torch.empty(24, 40).T
+    first = multiply_out(factors, 1, original, plain, 2.0)
+    second = multiply_out(factors, 1, original, turned, 2.0)
+    torch.testing.assert_close(plain, factors.slice(1))
+    torch.testing.assert_close(turned, plain)
+    assert first == pytest.approx(second)
+    assert first[0] == pytest.approx(float((original - plain).square().sum()) / 4)

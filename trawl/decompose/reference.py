@@ -1,0 +1,119 @@
+"""The reference engine: tensorly's decompositions of a whole stack in memory."""
+
+from __future__ import annotations
+
+import math
+
+import tensorly
+import torch
+from tensorly.decomposition import parafac, tucker
+from torch import Tensor
+
+from trawl.decompose.source import SliceSource
+from trawl.errors import ShapeError
+from trawl.factors import Factors
+
+
+def load_stack(source: SliceSource) -> tuple[Tensor, float]:
+    """Return the whole stack, upcast and divided by a power of two near its largest magnitude, and that power."""
+    largest = source.absmax
+    if not math.isfinite(largest):
+        raise ShapeError(f"stack of shape {source.shape} holds NaN or Inf entries; expected finite numbers")
+    unit = math.ldexp(1.0, math.frexp(largest)[1]) if largest else 1.0
+    parts = [part if part.dtype == torch.float64 else part.float() for part in source.slices()]
+    return torch.stack([part / unit for part in parts]), unit
+
+
+def reference_cp(source: SliceSource, rank: int, n_iter_max: int, tol: float, seed: int) -> Factors:
+    """Return tensorly's CP of a stack: the better of a random and an SVD start.
+
+    Args: as the fields of :class:`trawl.decompose.CP`.
+    Returns: as :meth:`trawl.decompose.CP.decompose`.
+    Cost: the stack in memory several times over, full SVDs of its unfoldings.
+    Reference: Kossaifi et al. 2019, https://jmlr.org/papers/v20/18-277.html
+    """
+    stack, unit = load_stack(source)
+    if not stack.any():
+        stack[0, 0, 0] = torch.finfo(stack.dtype).tiny  # tensorly cannot divide by a norm of zero
+        unit = 0.0
+    results = []
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        for init in ("random", "svd"):
+            solution, errors = parafac(
+                stack, rank, n_iter_max=n_iter_max, tol=tol, init=init, random_state=seed, return_errors=True
+            )
+            results.append((_measured(stack, solution), solution, len(errors)))
+    error, (_, (mixing, left, right)), sweeps = min(results, key=lambda result: result[0])
+    factors = Factors(left, right, mixing * unit, None, error if unit else 0.0, sweeps, sweeps < n_iter_max)
+    return factors
+
+
+def _measured(stack: Tensor, solution: tuple[Tensor, tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Relative error of a CP, subtracted entry by entry."""
+    mixing, left, right = solution[1]
+    return relative_error(stack, Factors(left, right, mixing))
+
+
+def reference_tucker(
+    source: SliceSource, ranks: tuple[int, int, int], n_iter_max: int, tol: float, seed: int
+) -> Factors:
+    """Return tensorly's Tucker of a stack, from its SVD start.
+
+    Args: as the fields of :class:`trawl.decompose.Tucker`, ``ranks`` per mode.
+    Returns: as :meth:`trawl.decompose.Tucker.decompose`; a kept stack mode is multiplied into the core.
+    Cost: the stack in memory several times over, full SVDs of its unfoldings.
+    Reference: Kossaifi et al. 2019, https://jmlr.org/papers/v20/18-277.html
+    """
+    stack, unit = load_stack(source)
+    if not stack.any():
+        stack[0, 0, 0], unit = 1.0, 0.0
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        (core, (mixing, left, right)), errors = tucker(
+            stack, list(ranks), n_iter_max=n_iter_max, tol=tol, init="svd", random_state=seed, return_errors=True
+        )
+    kept: Tensor | None = mixing
+    if ranks[0] == stack.shape[0]:
+        core, kept = torch.tensordot(mixing, core, dims=1), None
+    factors = Factors(left, right, core, kept)
+    error = relative_error(stack, factors) if unit else 0.0
+    return Factors(left, right, core * unit, kept, error, len(errors), len(errors) < n_iter_max)
+
+
+def reference_svd(source: SliceSource, rank: int) -> Factors:
+    """Return the truncation of an exact SVD of a stack of one slice."""
+    stack, unit = load_stack(source)
+    u, sigma, vt = torch.linalg.svd(stack[0], full_matrices=False)
+    u, sigma, v = u[:, :rank].contiguous(), sigma[:rank], vt[:rank].T.contiguous()
+    error = relative_error(stack, Factors(u, v, sigma[None]))
+    return Factors(u, v, (sigma * unit)[None], None, error, 1, True)
+
+
+def relative_error(stack: Tensor, factors: Factors) -> float:
+    """Return ‖T − T̂‖ / ‖T‖, summed in float64; 0 where T is zero."""
+    residual = sum(
+        float((matrix.double() - factors.slice(s).double()).square().sum()) for s, matrix in enumerate(stack)
+    )
+    norm = float(sum(float(matrix.double().square().sum()) for matrix in stack))
+    return math.sqrt(residual / norm) if norm else 0.0
+
+
+def core_cp(core: Tensor, start: tuple[Tensor, Tensor, Tensor], n_iter_max: int, tol: float) -> list[Tensor]:
+    """Run tensorly's parafac on a small core from a given start.
+
+    Args:
+        core: (S, s1, s2).
+        start: factor matrices (S, R), (s1, R), (s2, R).
+        n_iter_max: cap on its iterations.
+        tol: change of its relative error under which they stop.
+    Returns: the three factor matrices; the start where a normal equation was singular.
+    Reference: Kolda & Bader 2009, section 3.4, doi:10.1137/07070111X
+    """
+    rank = start[0].shape[1]
+    weights = torch.ones(rank, dtype=core.dtype, device=core.device)
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        try:
+            _, solved = parafac(core, rank, n_iter_max=n_iter_max, tol=tol, init=(weights, list(start)))
+        except torch.linalg.LinAlgError:
+            return list(start)
+    solved = list(solved)
+    return solved if all(bool(torch.isfinite(part).all()) for part in solved) else list(start)

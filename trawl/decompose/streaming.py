@@ -1,0 +1,226 @@
+"""Blocked products with the slices of a stack, which stay in their stored dtype and place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trawl.decompose.source import SliceSource
+from trawl.errors import ShapeError
+
+BLOCK_ENTRIES = 1 << 20  # of a slice are upcast at a time: 4 MiB in float32, within the processor's second-level caches
+PLAIN_EXPONENT = 20  # magnitudes within 2^±20 need no scaling: their squares and sums stay far from float32's limits
+
+
+@dataclass(frozen=True, eq=False)
+class TransposedSlices:
+    """The same stack with inner and hidden exchanged."""
+
+    source: SliceSource
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(S, hidden, inner) of the stack."""
+        size, inner, hidden = self.source.shape
+        return size, hidden, inner
+
+    @property
+    def absmax(self) -> float:
+        """Largest magnitude of any entry."""
+        return self.source.absmax
+
+    def slices(self) -> Iterator[Tensor]:
+        """Yield the slices' transposes."""
+        for matrix in self.source.slices():
+            yield matrix.T
+
+
+class Stream:
+    """Passes over a stack, scaled by a power of two to magnitudes near 1.
+
+    Attributes:
+        shape: (S, inner, hidden).
+        scale: the power of two that entries are multiplied by.
+    """
+
+    def __init__(self, source: SliceSource, compute: str = "float32") -> None:
+        self.source = source
+        self.shape = source.shape
+        self.fast = compute == "bfloat16"
+        self.empty = source.absmax == 0.0
+        if not math.isfinite(source.absmax):
+            raise ShapeError(f"stack of shape {self.shape} holds NaN or Inf entries; expected finite numbers")
+        exponent = 0 if self.empty else math.frexp(source.absmax)[1]
+        exponent = max(-126, min(126, exponent))  # the power itself must be a normal float32
+        self.scale = 1.0 if abs(exponent) <= PLAIN_EXPONENT else math.ldexp(1.0, -exponent)
+        self._norm_squared: float | None = None
+        self._buffer = torch.empty(0)
+
+    @property
+    def norm_squared(self) -> float:
+        """‖scale · T‖², accumulated in float64; measured during the first pass."""
+        if self._norm_squared is None:
+            for _ in self.panels():
+                pass
+        assert self._norm_squared is not None
+        return self._norm_squared
+
+    def panels(self) -> Iterator[Panel]:
+        """Make one pass: yield each slice, ready for products."""
+        measured = 0.0
+        for matrix in self.source.slices():
+            dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+            if self._buffer.dtype != dtype or self._buffer.device != matrix.device or not self._buffer.numel():
+                entries = max(BLOCK_ENTRIES, *matrix.shape)
+                self._buffer = torch.empty(entries, dtype=dtype, device=matrix.device)
+            panel = Panel(matrix, self.scale, self._buffer)
+            if self._norm_squared is None:
+                measured += panel.sum_of_squares()
+            yield panel
+        self._norm_squared = measured if self._norm_squared is None else self._norm_squared
+
+    def zeros(self) -> dict[str, Any]:
+        """Return dtype and device that factors have, read from the first slice."""
+        matrix = next(iter(self.source.slices()))
+        return {
+            "dtype": torch.float64 if matrix.dtype == torch.float64 else torch.float32,
+            "device": matrix.device,
+        }
+
+    def right_products(self, v: Tensor, *, fast: bool = False) -> Tensor:
+        """Return all ``X_s v``, laid out as the (inner, S · k) unfolding: (inner, S, k)."""
+        parts = [panel.times(v, fast=fast and self.fast) for panel in self.panels()]
+        return torch.stack(parts, dim=1)
+
+    def left_products(self, u: Tensor, *, fast: bool = False) -> Tensor:
+        """Return all ``X_sᵀ u``, laid out as the (hidden, S · k) unfolding: (hidden, S, k)."""
+        parts = [panel.transposed_times(u, fast=fast and self.fast) for panel in self.panels()]
+        return torch.stack(parts, dim=1)
+
+    def residual_squared(self, left: Tensor, middles: Tensor, right: Tensor) -> float:
+        """Return Σ_s ‖scale · X_s − left · M_s · rightᵀ‖², subtracted entry by entry; middles are (S, r1, r2)."""
+        return sum(
+            panel.residual_squared(left, middle, right) for panel, middle in zip(self.panels(), middles, strict=True)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One slice X, for products with ``scale · X``; stored values are upcast block by block into ``buffer``."""
+
+    matrix: Tensor
+    scale: float
+    buffer: Tensor
+
+    @property
+    def direct(self) -> bool:
+        """Whether the stored values can enter a product as they are."""
+        return self.matrix.dtype == self.buffer.dtype and self.scale == 1.0
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether blocks of rows lie together in memory; for a transposed view it is blocks of columns."""
+        return self.matrix.stride(1) == 1 or self.matrix.stride(0) != 1
+
+    def like(self, operand: Tensor) -> Tensor:
+        """Move an operand to the dtype and device of the computation."""
+        return operand.to(dtype=self.buffer.dtype, device=self.buffer.device)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, upcast and scaled block) along the axis whose lines lie together in memory.
+
+        Blocks are rows of the matrix, or of its transpose where ``by_rows`` is false; each is overwritten by the next.
+        """
+        matrix = self.matrix if self.by_rows else self.matrix.T
+        count, width = matrix.shape
+        step = max(1, BLOCK_ENTRIES // width)
+        for first in range(0, count, step):
+            rows = slice(first, min(first + step, count))
+            stored = matrix[rows]
+            if self.direct:
+                yield rows, stored
+                continue
+            block = self.buffer[: stored.numel()].view(stored.shape)
+            block.copy_(stored)
+            yield rows, block.mul_(self.scale) if self.scale != 1.0 else block
+
+    def times(self, v: Tensor, *, fast: bool = False) -> Tensor:
+        """Return ``X v``, (inner, k)."""
+        if fast:
+            return self._fast(self.matrix, v)
+        v = self.like(v)
+        if self.direct:
+            return self.matrix @ v
+        return self._along(v) if self.by_rows else self._across(v)
+
+    def transposed_times(self, u: Tensor, *, fast: bool = False) -> Tensor:
+        """Return ``Xᵀ u``, (hidden, k)."""
+        if fast:
+            return self._fast(self.matrix.T, u)
+        u = self.like(u)
+        if self.direct:
+            return self.matrix.T @ u
+        return self._across(u) if self.by_rows else self._along(u)
+
+    def gram(self) -> Tensor:
+        """Return ``Xᵀ X``, (hidden, hidden)."""
+        if self.direct:
+            return self.matrix.T @ self.matrix
+        hidden = self.matrix.shape[1]
+        if not self.by_rows:  # one upcast of the whole: hidden is a small side where Grams are used
+            whole = self.like(self.matrix) * self.scale
+            return whole.T @ whole
+        total = self.buffer.new_zeros(hidden, hidden)
+        for _, block in self.blocks():
+            total.addmm_(block.T, block)
+        return total
+
+    def sum_of_squares(self) -> float:
+        """Return ‖scale · X‖²: short sums in the computing dtype, their total in float64."""
+        total = self.buffer.new_zeros((), dtype=torch.float64)
+        for _, block in self.blocks():
+            total += torch.linalg.vector_norm(block, dim=1).double().square().sum()
+        return float(total)
+
+    def residual_squared(self, left: Tensor, middle: Tensor, right: Tensor) -> float:
+        """Return ‖scale · X − left · middle · rightᵀ‖²."""
+        left, right = self.like(left), self.like(right)
+        if not self.by_rows:
+            left, middle, right = right, middle.T, left
+        across = self.like(middle) @ right.T
+        total = self.buffer.new_zeros((), dtype=torch.float64)
+        for rows, block in self.blocks():
+            difference = torch.addmm(block, left[rows], across, alpha=-1.0)
+            total += torch.linalg.vector_norm(difference, dim=1).double().square().sum()
+        return float(total)
+
+    def _along(self, v: Tensor) -> Tensor:
+        """Return B v, B the matrix whose rows are the blocks."""
+        product = self.buffer.new_empty(self._lines, v.shape[1])
+        for rows, block in self.blocks():
+            torch.mm(block, v, out=product[rows])
+        return product
+
+    def _across(self, u: Tensor) -> Tensor:
+        """Return Bᵀ u, B the matrix whose rows are the blocks."""
+        product = self.buffer.new_zeros(self.matrix.numel() // self._lines, u.shape[1])
+        for rows, block in self.blocks():
+            product.addmm_(block.T, u[rows])
+        return product
+
+    @property
+    def _lines(self) -> int:
+        """Rows of the matrix as blocks see it."""
+        return self.matrix.shape[0] if self.by_rows else self.matrix.shape[1]
+
+    def _fast(self, matrix: Tensor, operand: Tensor) -> Tensor:
+        """Multiply in bfloat16, with the processor's bfloat16 products."""
+        low = operand.to(dtype=torch.bfloat16, device=matrix.device)
+        if matrix.dtype == torch.bfloat16:
+            return self.like(matrix @ low) * self.scale
+        return self.like((matrix * self.scale).to(torch.bfloat16) @ low)

@@ -1,0 +1,171 @@
+"""Tucker decomposition of a stack whose slices are streamed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trawl.decompose.method import (
+    Compute,
+    Engine,
+    Shape,
+    check_one,
+    check_options,
+    report_cap,
+    report_sweep,
+)
+from trawl.decompose.range_finder import hidden_basis, leading_subspace
+from trawl.decompose.reference import reference_tucker
+from trawl.decompose.source import SliceSource
+from trawl.decompose.streaming import Stream, TransposedSlices
+from trawl.errors import RankError
+from trawl.factors import Factors
+
+EXACT_BELOW = 0.1  # a relative error under this is measured entry by entry: 1 − kept energy has lost digits by then
+TYPICAL_SWEEPS = 6
+POWER_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Tucker:
+    """Tucker decomposition, ``T ≈ core ×₀ stack ×₁ left ×₂ right`` with orthonormal factor matrices.
+
+    Attributes:
+        rank: per mode (stack, inner, hidden); an INT means (S, INT, INT), which keeps the stack mode as it is.
+        n_iter_max: cap on sweeps of higher-order orthogonal iteration.
+        tol: change of relative error between sweeps under which they stop.
+        seed: for random starts.
+        engine: ``tensorly`` takes the whole stack into memory and is the reference.
+        compute: ``bfloat16`` lets the range finder use bfloat16 products.
+    """
+
+    rank: int | tuple[int, int, int]
+    n_iter_max: int = 50
+    tol: float = 1e-5
+    seed: int = 0
+    engine: Engine = "streaming"
+    compute: Compute = "float32"
+
+    def __post_init__(self) -> None:
+        check_options(self.engine, self.compute, self.n_iter_max, self.tol)
+        if not isinstance(self.rank, int):
+            object.__setattr__(self, "rank", tuple(self.rank))
+
+    def ranks(self, shape: Shape) -> Shape:
+        """Ranks (stack, inner, hidden) of the factors."""
+        return (shape[0], self.rank, self.rank) if isinstance(self.rank, int) else self.rank
+
+    def max_rank(self, shape: Shape) -> Shape:
+        """Largest rank of each mode, (S, inner, hidden); an INT may be at most the smaller of the last two."""
+        return shape
+
+    def check_rank(self, shape: Shape, where: str) -> None:
+        """Raise RankError, naming ``where``, for a rank that a stack of this shape cannot have."""
+        if isinstance(self.rank, int):
+            check_one("Tucker rank", self.rank, min(shape[1:]), shape, where)
+            return
+        if len(self.rank) != 3:
+            raise RankError(f"{where}: Tucker rank {self.rank} has {len(self.rank)} entries; give INT or R0,R1,R2")
+        for mode, rank, largest in zip(("stack", "inner", "hidden"), self.rank, shape, strict=True):
+            check_one(f"Tucker {mode} rank", rank, largest, shape, where)
+
+    def parameters(self, shape: Shape) -> int:
+        """Number of factor entries, exactly ``Factors.parameters``."""
+        size, inner, hidden = shape
+        r0, r1, r2 = self.ranks(shape)
+        return inner * r1 + hidden * r2 + r0 * r1 * r2 + (size * r0 if r0 < size else 0)
+
+    def flops(self, shape: Shape) -> int:
+        """Floating-point operations of a typical run: the start and a few sweeps of two thin products a slice."""
+        _, r1, r2 = self.ranks(shape)
+        return 2 * math.prod(shape) * ((r1 + r2) * TYPICAL_SWEEPS + 2 * (POWER_STEPS + 1) * r2)
+
+    def working_set(self, shape: Shape) -> int:
+        """Peak bytes beside the slices: all ``X_s right``, one product being copied into them, and the factors."""
+        size, inner, hidden = shape
+        _, r1, r2 = self.ranks(shape)
+        return 4 * (2 * size * max(inner * r2, hidden * r1) + 4 * (inner * r1 + hidden * r2))
+
+    def decompose(self, source: SliceSource) -> Factors:
+        """Return Tucker factors of a stack.
+
+        Minimizes ‖T − core ×₀ stack ×₁ left ×₂ right‖ by higher-order orthogonal iteration: with ``right`` fixed, ``left``
+        becomes the leading subspace of ``[X_1 right … X_S right]``, and the other way round.
+
+        Args:
+            source: the stack (S, inner, hidden).
+        Returns: left (inner, r1), right (hidden, r2), core (r0, r1, r2), stack (S, r0) or None where r0 = S.
+        Raises: RankError: a rank is below 1 or above the mode's size. ShapeError: the stack holds NaN or Inf.
+        Cost: O(S inner hidden (r1 + r2)) a sweep; peak O(S max(inner, hidden) r) and one block of a slice.
+        Reference: De Lathauwer, De Moor & Vandewalle 2000, doi:10.1137/S0895479898346995; Kolda & Bader 2009, section
+        4.2, doi:10.1137/07070111X; start: Halko, Martinsson & Tropp 2011, doi:10.1137/090771806
+        """
+        shape = source.shape
+        self.check_rank(shape, f"stack of shape {shape}")
+        ranks = self.ranks(shape)
+        if self.engine == "tensorly":
+            return reference_tucker(source, ranks, self.n_iter_max, self.tol, self.seed)
+        if shape[1] < shape[2]:  # the smaller side is where the start is found
+            swapped = _hooi(self, Stream(TransposedSlices(source), self.compute), (ranks[0], ranks[2], ranks[1]))
+            core = swapped.core.transpose(1, 2).contiguous()
+            return replace(swapped, left=swapped.right, right=swapped.left, core=core)
+        return _hooi(self, Stream(source, self.compute), ranks)
+
+
+def _hooi(method: Tucker, stream: Stream, ranks: Shape) -> Factors:
+    """Sweep until the change of relative error is under ``tol``; inner ≥ hidden."""
+    r0, r1, r2 = ranks
+    if stream.empty:
+        return _zero(stream, ranks)
+    v = hidden_basis(stream, r2, POWER_STEPS, method.seed)
+    mixing: Tensor | None = None
+    u: Tensor | None = None
+    error, converged, sweep = float("inf"), False, 0
+    while sweep < method.n_iter_max and not converged:
+        sweep += 1
+        y = _mix(stream.right_products(v), mixing)  # (inner, r0 or S, r2)
+        u = leading_subspace(y.flatten(1), r1, u, seed=method.seed)
+        z = stream.left_products(u)  # (hidden, S, r1)
+        v = leading_subspace(_mix(z, mixing).flatten(1), r2, v)
+        core = torch.einsum("hsa,hb->sab", z, v)
+        if r0 < stream.shape[0]:
+            mixing = leading_subspace(core.flatten(1), r0)
+            core = torch.tensordot(mixing.T, core, dims=1)
+        before, error = error, _error(core, stream.norm_squared)
+        converged = abs(before - error) < method.tol or _is_exact(ranks, stream.shape)
+        report_sweep("Tucker", sweep, error, before)
+    if not converged:
+        report_cap("Tucker", method.n_iter_max, before - error, method.tol)
+    assert u is not None
+    if error < EXACT_BELOW:
+        middles = core if mixing is None else torch.tensordot(mixing, core, dims=1)
+        error = math.sqrt(stream.residual_squared(u, middles, v) / stream.norm_squared)
+    return Factors(u, v, core / stream.scale, mixing, error, sweep, converged)
+
+
+def _mix(products: Tensor, mixing: Tensor | None) -> Tensor:
+    """Compress the middle, stack, axis of (n, S, k) products."""
+    return products if mixing is None else torch.einsum("nsk,sa->nak", products, mixing)
+
+
+def _error(core: Tensor, norm_squared: float) -> float:
+    """Relative error of an orthogonal projection, √(1 − ‖core‖² / ‖T‖²)."""
+    return math.sqrt(max(0.0, 1.0 - float(core.double().square().sum()) / norm_squared))
+
+
+def _is_exact(ranks: Shape, shape: Shape) -> bool:
+    """Whether nothing is left to iterate: every mode is kept whole."""
+    return ranks == shape
+
+
+def _zero(stream: Stream, ranks: Shape) -> Factors:
+    """Factors of a stack of zeros: orthonormal columns and an empty core; its relative error is 0 by definition."""
+    size, inner, hidden = stream.shape
+    r0, r1, r2 = ranks
+    kind = stream.zeros()
+    stack = torch.eye(size, r0, **kind) if r0 < size else None
+    core = torch.zeros(r0, r1, r2, **kind)
+    return Factors(torch.eye(inner, r1, **kind), torch.eye(hidden, r2, **kind), core, stack, 0.0, 0, True)

@@ -1,0 +1,321 @@
+"""Descriptor: what config.json says about the factors of a factored checkpoint. Arithmetic on shapes; holds no data.
+
+A factored checkpoint is its source's layout in which every stack's factors stand once, as ordinary tensors of the
+transformer block that the stack's first slice lies in, and every replaced tensor is kept under its name, empty:
+
+    model.layers.20.trawl.fc_20_29.left          (1536, 64)
+    model.layers.20.mlp.gate_proj.weight         (0,)
+
+The empty tensors make transformers without trawl fail on their shape instead of starting from random weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, combinations
+from typing import Any, Literal
+
+from trawl.checkpoint import FLOAT_DTYPES, TensorInfo
+from trawl.errors import LoadError, PlanError, ShapeError
+from trawl.stacking import Stack
+from trawl.views import View, parse, solve
+
+METHOD = "trawl"
+FORMAT_VERSION = 1
+EMPTY = (0,)  # shape of the tensor that keeps a replaced tensor's name
+
+Core = Literal["diagonal", "full"]
+
+
+@dataclass(frozen=True)
+class DescribedSlice:
+    """One slice of a stack, as the factored checkpoint stands in for it.
+
+    Attributes:
+        tensor: the replaced tensor's name in the checkpoint.
+        stored_shape: its shape in the source.
+        view: from that tensor to the slice.
+    """
+
+    tensor: str
+    stored_shape: tuple[int, ...]
+    view: View
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the slice as JSON-able values."""
+        view: dict[str, Any] = {"stored": self.view.stored, "canonical": self.view.canonical}
+        if self.view.sizes:
+            view["sizes"] = dict(self.view.sizes)
+        if self.view.take:
+            view["take"] = {axis: [start, stop] for axis, start, stop in self.view.take}
+        return {"tensor": self.tensor, "stored_shape": list(self.stored_shape), "view": view}
+
+
+@dataclass(frozen=True)
+class DescribedStack:
+    """One stack: the shapes and names of its factors, and what they replace.
+
+    Attributes:
+        name: the stack's name in the plan.
+        shape: (S, inner, hidden).
+        rank: (A, r1, r2); A = S unless ``stack_factor``.
+        core: ``diagonal`` (CP, SVD; core is (A, r)) or ``full`` (Tucker; core is (A, r1, r2)).
+        stack_factor: whether the stack mode is compressed by a factor (S, A).
+        dtype: safetensors' name of the factors' dtype.
+        factors: what the names of the factor tensors begin with.
+        slices: in the order of the stack mode.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    rank: tuple[int, int, int]
+    core: Core
+    stack_factor: bool
+    dtype: str
+    factors: str
+    slices: tuple[DescribedSlice, ...]
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each factor: left, right, core, and stack where the stack mode is compressed."""
+        (size, inner, hidden), (mixed, r1, r2) = self.shape, self.rank
+        core = (mixed, r1) if self.core == "diagonal" else (mixed, r1, r2)
+        shapes: dict[str, tuple[int, ...]] = {"left": (inner, r1), "right": (hidden, r2), "core": core}
+        return shapes | {"stack": (size, mixed)} if self.stack_factor else shapes
+
+    @property
+    def factor_names(self) -> dict[str, str]:
+        """Name in the checkpoint of each factor."""
+        return {factor: f"{self.factors}.{factor}" for factor in self.factor_shapes}
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all factors."""
+        return sum(math.prod(shape) for shape in self.factor_shapes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stack as JSON-able values."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "rank": list(self.rank),
+            "core": self.core,
+            "stack_factor": self.stack_factor,
+            "dtype": self.dtype,
+            "factors": self.factors,
+            "slices": [part.to_json() for part in self.slices],
+        }
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """All stacks of a factored checkpoint: the ``quantization_config`` of its config.json."""
+
+    stacks: tuple[DescribedStack, ...]
+
+    @cached_property
+    def slices(self) -> dict[str, tuple[tuple[DescribedStack, int], ...]]:
+        """Per replaced tensor the (stack, index in its stack mode) that stand in for it."""
+        found: dict[str, list[tuple[DescribedStack, int]]] = {}
+        for stack in self.stacks:
+            for index, part in enumerate(stack.slices):
+                found.setdefault(part.tensor, []).append((stack, index))
+        return {tensor: tuple(parts) for tensor, parts in found.items()}
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every factor tensor, by its name in the checkpoint."""
+        return {
+            stack.factor_names[factor]: shape for stack in self.stacks for factor, shape in stack.factor_shapes.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the ``quantization_config`` as JSON-able values; :func:`parse_descriptor` reads it back."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "stacks": [stack.to_json() for stack in self.stacks],
+        }
+
+    def check_tensors(self, tensors: Mapping[str, TensorInfo], where: str) -> None:
+        """Compare the descriptor with what the shards hold, from their headers.
+
+        Args:
+            tensors: every stored tensor by name.
+            where: what to call the checkpoint in messages.
+        Raises: LoadError: a factor is missing, or has another shape or dtype than described; a replaced tensor's name
+            is missing, or its tensor is not empty; a tensor looks like a factor but belongs to no stack.
+        Cost: time in the number of tensors.
+        """
+        for stack in self.stacks:
+            for factor, shape in stack.factor_shapes.items():
+                name = stack.factor_names[factor]
+                info = _stored(tensors, name, f"{where}: factor {factor} of stack {stack.name}")
+                if info.shape != shape or info.dtype != stack.dtype:
+                    raise LoadError(
+                        f"{where}: tensor {name} in {info.shard} is {info.shape} {info.dtype}; config.json describes "
+                        f"{shape} {stack.dtype} for stack {stack.name}. Config and shards do not belong together"
+                    )
+        for name in self.slices:
+            info = _stored(tensors, name, f"{where}: the empty stand-in of a factored tensor")
+            if info.shape != EMPTY:
+                raise LoadError(
+                    f"{where}: tensor {name} in {info.shard} is {info.shape}; config.json says that it is factored, "
+                    f"so that {EMPTY} is expected. Config and shards do not belong together"
+                )
+        described = self.factor_shapes
+        for name, info in tensors.items():
+            if f".{METHOD}." in name and name not in described:
+                raise LoadError(
+                    f"{where}: tensor {name} in {info.shard} belongs to no stack that config.json describes"
+                )
+
+
+def _stored(tensors: Mapping[str, TensorInfo], name: str, what: str) -> TensorInfo:
+    """Return a tensor's place, or say that it is missing."""
+    if name not in tensors:
+        raise LoadError(f"{what}, tensor {name}, is in none of the shards; fetch or write the checkpoint again")
+    return tensors[name]
+
+
+def stack_id(name: str) -> str:
+    """Return a stack's name with every character that a module name cannot have replaced by ``_``."""
+    return re.sub(r"[^0-9A-Za-z_]", "_", name)
+
+
+def factors_prefix(name: str, tensor: str) -> str | None:
+    """Return what a stack's factor names begin with: the block of its first slice's tensor, up to its number."""
+    block = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", tensor)
+    return f"{block[0]}.{METHOD}.{stack_id(name)}" if block else None
+
+
+def describe_stack(
+    stack: Stack,
+    rank: tuple[int, int, int],
+    core: Core,
+    *,
+    tensors: Mapping[str, TensorInfo],
+    stack_factor: bool = False,
+    dtype: str | None = None,
+) -> DescribedStack:
+    """Describe one planned stack of a factored checkpoint.
+
+    Args:
+        stack: its slices.
+        rank: (A, r1, r2) of its factors.
+        core: whether the core is kept diagonal or full.
+        tensors: the source's stored tensors.
+        stack_factor: whether the stack mode is compressed.
+        dtype: safetensors' name of the dtype to store factors in; the first slice's by default.
+    Returns: shapes and names of the factors.
+    Raises: PlanError: a slice lies in no numbered block, or in a tensor that no linear module holds.
+    """
+    first = stack.slices[0].tensor
+    prefix = factors_prefix(stack.name, first)
+    if prefix is None:
+        raise PlanError(f"stack {stack.name}: {first} lies in no numbered block to keep its factors; use --write dense")
+    slices = []
+    for part in stack.slices:
+        shape = tensors[part.tensor].shape
+        if len(shape) != 2 or ".experts." in part.tensor:
+            raise PlanError(
+                f"stack {stack.name}: {part.tensor} {shape} holds experts, which transformers keeps fused in one "
+                "tensor and not in linear modules, so that factors cannot stand in for it; use --write dense"
+            )
+        slices.append(DescribedSlice(part.tensor, shape, part.view))
+    stored = dtype or tensors[first].dtype
+    return DescribedStack(stack.name, stack.shape, rank, core, stack_factor, stored, prefix, tuple(slices))
+
+
+def describe(stacks: Sequence[DescribedStack]) -> Descriptor:
+    """Put the stacks of a planned factored checkpoint together.
+
+    Raises: PlanError: some parts of a fused tensor are in stacks and some are not, two stacks' factors would have the
+        same names, or a view cannot be multiplied through; the message says which.
+    """
+    descriptor = Descriptor(tuple(stacks))
+    if fault := find_fault(descriptor):
+        raise PlanError(f"{fault}; use --write dense, or select all of the tensor's roles")
+    return descriptor
+
+
+def find_fault(descriptor: Descriptor) -> str | None:
+    """Return in words what contradicts itself in a descriptor whose types are right, None if nothing does."""
+    checks = chain(  # lazily: later ones rest on the earlier ones
+        (_stack_fault(stack) for stack in descriptor.stacks),
+        (_name_fault(stacks) for stacks in (descriptor.stacks,)),
+        (_cover_fault(tensor, parts) for tensor, parts in descriptor.slices.items()),
+    )
+    return next((fault for fault in checks if fault), None)
+
+
+def _stack_fault(stack: DescribedStack) -> str | None:
+    """Check one stack: sizes, ranks, and that each slice's view gives its shape."""
+    (size, inner, hidden), (mixed, r1, r2) = stack.shape, stack.rank
+    what = f"stack {stack.name}"
+    if size != len(stack.slices):
+        return f"{what} has shape {stack.shape} but {len(stack.slices)} slices"
+    if mixed > size or (mixed < size and not stack.stack_factor):
+        return f"{what} has stack rank {mixed} for {size} slices and {'a' if stack.stack_factor else 'no'} stack factor"
+    if stack.core == "diagonal" and (r1 != r2 or r1 > min(inner, hidden) * size):
+        return f"{what} of shape {stack.shape} has a diagonal core and ranks {r1} and {r2}"
+    if stack.core == "full" and (r1 > inner or r2 > hidden):
+        return f"{what} of shape {stack.shape} has the ranks {stack.rank}, above its sizes"
+    if (prefix := factors_prefix(stack.name, stack.slices[0].tensor)) != stack.factors:
+        return f"{what} has its factors at {stack.factors}; expected {prefix}, the block of its first slice"
+    for part in stack.slices:
+        if fault := _slice_fault(part, (inner, hidden)):
+            return f"{what}, tensor {part.tensor}: {fault}"
+    return None
+
+
+def _slice_fault(part: DescribedSlice, shape: tuple[int, int]) -> str | None:
+    """Check that a view gives the stack's shape, and maps each stored axis to one canonical axis."""
+    try:
+        found = part.view.shape(part.stored_shape)
+    except ShapeError as e:
+        return str(e)
+    if found != shape:
+        return f"view '{part.view}' of {part.stored_shape} is {found}; expected {shape}"
+    stored, canonical = parse(part.view.stored), parse(part.view.canonical)
+    if {frozenset(group) for group in stored} != {frozenset(group) for group in canonical}:
+        return f"view '{part.view}' mixes input and output axes, which factors cannot be multiplied through"
+    return None
+
+
+def _name_fault(stacks: Iterable[DescribedStack]) -> str | None:
+    """Check that no two stacks share a name or a place for their factors."""
+    seen: dict[str, str] = {}
+    for stack in stacks:
+        for key in (stack.name, stack.factors):
+            if key in seen:
+                return f"stacks {seen[key]} and {stack.name} have the same name or the same factors, {stack.factors}"
+        seen |= {stack.name: stack.name, stack.factors: stack.name}
+    return None
+
+
+def _cover_fault(tensor: str, parts: Sequence[tuple[DescribedStack, int]]) -> str | None:
+    """Check that the slices of one tensor cover every element of it exactly once."""
+    slices = [stack.slices[index] for stack, index in parts]
+    first = slices[0]
+    if any((part.stored_shape, part.view.stored) != (first.stored_shape, first.view.stored) for part in slices):
+        return f"tensor {tensor} is described with several shapes or patterns"
+    grids = [solve(parse(part.view.stored), part.stored_shape, dict(part.view.sizes), "tensor") for part in slices]
+    if any(grid != grids[0] for grid in grids):
+        return f"tensor {tensor} is described with several sizes of the same axes"
+    boxes = [
+        {axis: (0, size) for axis, size in grids[0].items()} | {axis: (start, stop) for axis, start, stop in view.take}
+        for view in (part.view for part in slices)
+    ]
+    for one, other in combinations(boxes, 2):
+        if all(max(one[axis][0], other[axis][0]) < min(one[axis][1], other[axis][1]) for axis in one):
+            return f"tensor {tensor} is in stacks twice ({', '.join(stack.name for stack, _ in parts)})"
+    covered = sum(math.prod(stop - start for start, stop in box.values()) for box in boxes)
+    if covered != math.prod(first.stored_shape):
+        names = ", ".join(str(part.view) for part in slices)
+        return f"tensor {tensor} {first.stored_shape} is in stacks only in part ({names})"
+    return None

@@ -1,0 +1,275 @@
+"""The way of the data, read as prose: open, plan, check, decompose, write, publish."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trawl.checkpoint import Checkpoint
+from trawl.errors import CheckpointError, PlanError
+from trawl.factors import Factors
+from trawl.hub import open_checkpoint
+from trawl.planning import Plan, PlannedStack, make_plan
+from trawl.recipe import Recipe
+from trawl.records import Report, StackReport, read_report, write_records
+from trawl.shards import copy_file, sealed
+from trawl.stacking import Stack, StoredSlices, scan
+from trawl.workspace import Workspace
+from trawl.writing import DenseWriter, SquaredErrors
+
+LOG = logging.getLogger("trawl")
+
+Observer = Callable[[str, int, int | None], None]
+"""Called as ``observer(stage, done, total)``; counts are bytes, or slices read while a stack is decomposed."""
+
+
+def silent(stage: str, done: int, total: int | None) -> None:
+    """Observe nothing."""
+
+
+def plan(model: str | Path, recipe: Recipe, *, revision: str | None = None, family_file: Path | None = None) -> Plan:
+    """Work out what :func:`compress` would do, from headers alone.
+
+    Args:
+        model: a local folder, a hub id, or a ``.gguf`` file.
+        recipe: what to decompose and how.
+        revision: branch, tag or commit of a hub id.
+        family_file: a YAML family description to use in place of the built-in ones.
+    Returns: stacks, ranks, parameters, bytes and estimates.
+    Raises: TrawlError: the checkpoint or the recipe cannot be used; the message says why and what to do.
+    Cost: reads headers; no shard of a hub checkpoint is downloaded.
+    """
+    return make_plan(open_checkpoint(model, revision, weights=False), recipe, family_file)
+
+
+def compress(
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    family_file: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    observer: Observer = silent,
+) -> Report:
+    """Decompose a checkpoint's stacks and write the denoised checkpoint.
+
+    Args:
+        model: a local folder, a hub id, or a ``.gguf`` file; never written to.
+        recipe: what to decompose and how.
+        out: the folder to make; by default named after model, method and rank, in the working directory.
+        revision: branch, tag or commit of a hub id.
+        family_file: a YAML family description to use in place of the built-in ones.
+        resume: go on from the sealed files of an interrupted run with the same identity.
+        overwrite: replace an existing OUT, which stays in place until the new one is complete.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: where stacks are decomposed.
+        observer: told of progress.
+    Returns: per stack shape, rank, relative error as written, parameters and seconds.
+    Raises: TrawlError: before anything is written where the cause can be known before.
+    Cost: reads the selected tensors once to check them, a few times to decompose them and once to write them; memory
+        as the plan estimates; disk for the output and the factor files.
+    """
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(model, revision)
+    planned = make_plan(checkpoint, recipe, family_file)
+    workspace = Workspace(Path(out) if out is not None else default_out(planned))
+    identity = run_identity(planned)
+    if resume and (finished := read_report(workspace.out, identity)):
+        LOG.warning("%s is complete already; nothing to resume", workspace.out)
+        return finished
+    side_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files)
+    needed = planned.output_bytes + planned.work_bytes + side_bytes
+    workspace.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=needed)
+    where = pick_device(device)
+    absmax = check_weights(planned, observer)
+    with workspace.locked(identity, resume=resume):
+        seconds = decompose_stacks(planned, workspace, absmax, where, observer)
+        errors = write_shards(planned, workspace, absmax, observer)
+        copy_side_files(checkpoint, workspace.staged)
+        reports = tuple(_report(stack, workspace, errors, seconds) for stack in planned.stacks)
+        report = Report(workspace.out, reports, time.perf_counter() - started)
+        write_records(planned, report, identity, workspace.staged)
+        workspace.publish()
+    return report
+
+
+def default_out(planned: Plan) -> Path:
+    """Name an output folder after model, method and rank."""
+    rank = planned.recipe.rank
+    text = str(rank) if isinstance(rank, int) else "-".join(map(str, rank))
+    origin = Path(planned.checkpoint.origin)
+    stem = origin.stem if origin.suffix == ".gguf" else origin.resolve().name
+    return Path(f"{stem}-{planned.recipe.method}-r{text}")
+
+
+def pick_device(device: str) -> torch.device:
+    """Resolve ``auto`` to CUDA where there is one.
+
+    Raises: PlanError: the device is unknown, or not on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as e:
+        raise PlanError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from e
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise PlanError(f"device {device!r} is not on this machine (torch {torch.__version__} sees no GPU); use cpu")
+    return chosen
+
+
+def run_identity(planned: Plan) -> dict[str, Any]:
+    """Return what an output depends on; two runs with equal identities may share sealed files."""
+    return {
+        "source": planned.checkpoint.fingerprint,
+        "recipe": planned.recipe.model_dump(mode="json"),
+        "stacks": [planned.stack.name for planned in planned.stacks],
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the output's bytes."""
+    return {"trawl": version("trawl-llm"), "torch": torch.__version__, "tensorly": version("tensorly")}
+
+
+def check_weights(planned: Plan, observer: Observer) -> dict[str, float]:
+    """Read every selected tensor once, so that a NaN is found before anything is written.
+
+    Returns: largest magnitude of each stack.
+    Raises: CheckpointError: a tensor holds NaN or Inf, or is stored in a dtype that cannot be decomposed.
+    """
+    tensors = planned.checkpoint.tensors
+    total = sum(tensors[name].nbytes for name in planned.changed_tensors)
+    largest: dict[str, float] = {}
+    done = 0
+    observer("checking weights", 0, total)
+    for name in planned.changed_tensors:
+        largest[name] = scan(planned.checkpoint, name)
+        done += tensors[name].nbytes
+        observer("checking weights", done, total)
+    return {item.stack.name: max(largest[name] for name in item.stack.tensors) for item in planned.stacks}
+
+
+def decompose_stacks(
+    planned: Plan, workspace: Workspace, absmax: Mapping[str, float], device: torch.device, observer: Observer
+) -> dict[str, float]:
+    """Decompose every stack that has no sealed factor file yet.
+
+    Returns: seconds by stack; 0 for one that was sealed before.
+    """
+    seconds: dict[str, float] = {}
+    for item in planned.stacks:
+        path = factor_path(workspace, item.stack)
+        seconds[item.stack.name] = 0.0
+        if path.exists():
+            continue
+        started = time.perf_counter()
+        source = _observed(planned, item, absmax[item.stack.name], device, observer)
+        factors = planned.method.decompose(source).to(device="cpu")
+        factors.save(path, {"stack": item.to_json()})
+        seconds[item.stack.name] = time.perf_counter() - started
+    return seconds
+
+
+def _observed(
+    planned: Plan, item: PlannedStack, absmax: float, device: torch.device, observer: Observer
+) -> StoredSlices:
+    """Return a stack's slices, reporting each one that is read."""
+    read = 0
+
+    def count() -> None:
+        nonlocal read
+        read += 1
+        observer(f"decomposing {item.stack.name}", read, None)
+
+    return StoredSlices(planned.checkpoint, item.stack, absmax, device, count)
+
+
+def factor_path(workspace: Workspace, stack: Stack) -> Path:
+    """Where a stack's factor file lies while a run works."""
+    return workspace.factors / f"{stack.name}.safetensors"
+
+
+def write_shards(
+    planned: Plan, workspace: Workspace, absmax: Mapping[str, float], observer: Observer
+) -> SquaredErrors:
+    """Write the output's shards, and return how far they are from the source.
+
+    A shard's squared errors are sealed beside the factor files right after it, so that a resumed run keeps both or
+    makes both again.
+    """
+    loaded: dict[str, Factors] = {}
+
+    def factors(name: str) -> Factors:
+        if name not in loaded:
+            loaded.clear()  # shards hold stacks in runs; one at a time is enough
+            loaded[name] = Factors.load(workspace.factors / f"{name}.safetensors")[0]
+        return loaded[name]
+
+    checkpoint = planned.checkpoint
+    writer = DenseWriter(checkpoint, tuple(item.stack for item in planned.stacks), factors, absmax)
+    total, done = checkpoint.nbytes, 0
+    errors = SquaredErrors()
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        observer("writing", done, total)
+
+    for shard in checkpoint.shards:
+        record = workspace.factors / f"{shard.name}.errors.json"
+        target = workspace.staged / shard.name
+        if target.exists() and record.exists():
+            part = SquaredErrors(**json.loads(record.read_bytes()))
+            advance(shard.nbytes)
+        else:
+            part = writer.write(shard, target, advance)
+            with sealed(record) as file:
+                file.write(json.dumps({"error": part.error, "norm": part.norm}).encode())
+        errors.add(part)
+    return errors
+
+
+def copy_side_files(checkpoint: Checkpoint, staged: Path) -> None:
+    """Carry over configuration, tokenizer, chat template and whatever else lies beside the weights."""
+    for name in checkpoint.side_files:
+        target = staged / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(checkpoint.folder / name, target)
+
+
+def _report(
+    item: PlannedStack, workspace: Workspace, errors: SquaredErrors, seconds: Mapping[str, float]
+) -> StackReport:
+    """Put together what became of one stack."""
+    factors, _ = Factors.load(factor_path(workspace, item.stack))
+    error = errors.relative(item.stack.name)
+    if not error < float("inf"):
+        raise CheckpointError(
+            f"stack {item.stack.name}: the approximation does not fit the stored dtype (relative error {error}); "
+            "choose a larger rank, or a checkpoint stored in bfloat16 or float32"
+        )
+    return StackReport(
+        name=item.stack.name,
+        layers=item.stack.layers,
+        roles=item.stack.roles,
+        tensors=item.stack.tensors,
+        shape=item.stack.shape,
+        rank=item.rank,
+        relative_error=error,
+        parameters_before=item.stack.parameters,
+        parameters_after=item.parameters_after,
+        iterations=factors.iterations,
+        converged=factors.converged,
+        seconds=round(seconds[item.stack.name], 3),
+    )

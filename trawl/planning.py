@@ -1,0 +1,205 @@
+"""Plans: what a recipe means for a checkpoint, worked out from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trawl.checkpoint import Checkpoint
+from trawl.decompose import Method
+from trawl.errors import PlanError
+from trawl.families import ATTENTION, FamilyMatch, Placement, match_family
+from trawl.recipe import Recipe
+from trawl.stacking import Stack, make_stacks
+
+WRITE_BLOCK_BYTES = 64 << 20  # scratch of the writing loop, see trawl.writing
+RUNTIME_BYTES = 350 << 20  # an interpreter with torch and transformers imported
+
+
+@dataclass(frozen=True)
+class PlannedStack:
+    """One stack with what its decomposition will hold.
+
+    Attributes:
+        stack: the slices.
+        rank: (stack, inner, hidden).
+        parameters_after: entries of its factors.
+        flops: floating-point operations of its decomposition, an estimate.
+        memory: bytes of its decomposition's working set, an estimate.
+    """
+
+    stack: Stack
+    rank: tuple[int, int, int]
+    parameters_after: int
+    flops: int
+    memory: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stack as JSON-able values."""
+        return {
+            "name": self.stack.name,
+            "shape": list(self.stack.shape),
+            "layers": list(self.stack.layers),
+            "roles": list(self.stack.roles),
+            "tensors": list(self.stack.tensors),
+            "rank": list(self.rank),
+            "parameters_before": self.stack.parameters,
+            "parameters_after": self.parameters_after,
+            "gigaflops": round(self.flops / 1e9, 3),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything that a run will do, before a weight is read."""
+
+    checkpoint: Checkpoint
+    match: FamilyMatch
+    recipe: Recipe
+    method: Method
+    stacks: tuple[PlannedStack, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def changed_tensors(self) -> tuple[str, ...]:
+        """Stored tensors that will be written anew."""
+        return tuple(dict.fromkeys(name for planned in self.stacks for name in planned.stack.tensors))
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the output's shards; dense output keeps every shape and dtype."""
+        return self.checkpoint.nbytes
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of the factor files that stand beside the output while it is made."""
+        return sum(planned.parameters_after * 4 for planned in self.stacks)
+
+    @property
+    def memory(self) -> int:
+        """Estimated peak of the process's own memory, in bytes."""
+        tensors = self.checkpoint.tensors
+        written = max((tensors[name].nbytes for name in self.changed_tensors), default=0)
+        working = max((planned.memory for planned in self.stacks), default=0)
+        return RUNTIME_BYTES + max(working, written + WRITE_BLOCK_BYTES)
+
+    @property
+    def flops(self) -> int:
+        """Estimated floating-point operations of all decompositions."""
+        return sum(planned.flops for planned in self.stacks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-able values; the same headers and recipe give the same JSON."""
+        return {
+            "model": self.checkpoint.origin,
+            "family": self.match.family,
+            "assumed": list(self.match.assumed),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "stacks": [planned.to_json() for planned in self.stacks],
+            "notes": list(self.notes),
+            "output_bytes": self.output_bytes,
+            "memory_bytes": self.memory,
+            "gigaflops": round(self.flops / 1e9, 3),
+        }
+
+
+def match_checkpoint(checkpoint: Checkpoint, family_file: Path | None = None) -> FamilyMatch:
+    """Find the family of a checkpoint and the place of every role in it.
+
+    Args:
+        checkpoint: opened checkpoint.
+        family_file: a YAML description to use in place of the built-in ones.
+    Returns: the family with its placements.
+    Raises: FamilyError: no family fits.
+    """
+    shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in checkpoint.tensors.items()}
+    return match_family(checkpoint.config, shapes, family_file)
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, family_file: Path | None = None) -> Plan:
+    """Work out what a recipe means for a checkpoint.
+
+    Args:
+        checkpoint: opened checkpoint; no weight is read.
+        recipe: what the user asked for.
+        family_file: a YAML family description to use in place of the built-in ones.
+    Returns: stacks, ranks, parameter counts, bytes and estimates.
+    Raises: FamilyError: the checkpoint's family is unknown. PlanError: the recipe selects what the model does not
+        have. RankError: the rank is outside what the method allows for a stack.
+    Cost: time and memory in the number of tensors, not in their size.
+    """
+    if recipe.write == "factored":
+        raise PlanError("--write factored is not available in this version; use --write dense")
+    match = match_checkpoint(checkpoint, family_file)
+    method = recipe.decomposition()
+    layers = recipe.selected_layers(match.layers)
+    roles = recipe.selected_roles(match.roles)
+    chosen = [part for part in match.placements if part.layer in layers and part.role in roles]
+    planned = []
+    for stack in make_stacks(chosen, recipe.layers_per_stack, single=recipe.method == "svd"):
+        method.check_rank(stack.shape, f"stack {stack.name}")
+        planned.append(
+            PlannedStack(
+                stack,
+                method.ranks(stack.shape),
+                method.parameters(stack.shape),
+                method.flops(stack.shape),
+                method.working_set(stack.shape),
+            )
+        )
+    return Plan(checkpoint, match, recipe, method, tuple(planned), tuple(_notes(chosen)))
+
+
+def _notes(chosen: list[Placement]) -> list[str]:
+    """Say which attention roles stack apart, and why."""
+    by_shape: dict[tuple[int, int], list[str]] = {}
+    for part in chosen:
+        if part.role in ATTENTION and part.role not in by_shape.setdefault(part.shape, []):
+            by_shape[part.shape].append(part.role)
+    if len(by_shape) < 2:
+        return []
+    parts = " and ".join(f"{','.join(roles)} {shape}" for shape, roles in by_shape.items())
+    return [f"attention roles of unequal shape stack apart (grouped-query attention): {parts}"]
+
+
+def describe(checkpoint: Checkpoint, match: FamilyMatch) -> dict[str, Any]:
+    """Summarise a checkpoint as JSON-able values: family, roles, shapes, parameters, stackable groups.
+
+    Args:
+        checkpoint: opened checkpoint; no weight is read.
+        match: its family.
+    Returns: what ``trawl inspect --json`` prints.
+    """
+    used = {part.tensor for part in match.placements}
+    others = [info for name, info in checkpoint.tensors.items() if name not in used]
+    return {
+        "model": checkpoint.origin,
+        "family": match.family,
+        "assumed": list(match.assumed),
+        "layers": match.layers,
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.nbytes,
+        "shards": len(checkpoint.shards),
+        "roles": [_describe_role(checkpoint, match, role) for role in match.roles],
+        "groups": [
+            {"name": stack.name, "roles": list(stack.roles), "shape": list(stack.shape), "layers": list(stack.layers)}
+            for stack in make_stacks(match.placements, None)
+        ],
+        "other_tensors": len(others),
+        "other_parameters": sum(info.parameters for info in others),
+    }
+
+
+def _describe_role(checkpoint: Checkpoint, match: FamilyMatch, role: str) -> dict[str, Any]:
+    """Summarise one role."""
+    parts = [part for part in match.placements if part.role == role]
+    return {
+        "role": role,
+        "shape": list(parts[0].shape),
+        "dtype": checkpoint.tensors[parts[0].tensor].dtype,
+        "matrices": len(parts),
+        "parameters": sum(part.shape[0] * part.shape[1] for part in parts),
+        "example": parts[0].tensor,
+    }

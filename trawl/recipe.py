@@ -1,0 +1,178 @@
+"""Recipe: what the user asked for, checked at the edge, as YAML in and out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from trawl.decompose import CP, SVD, Method, Tucker
+from trawl.errors import PlanError, RankError, suggestion
+from trawl.families import ATTENTION, FC
+from trawl.stacking import format_layers
+
+METHODS = ("cp", "tucker", "svd")
+ROLE_GROUPS = {"fc": FC, "attn": ATTENTION, "all": ATTENTION + FC}
+
+
+class Recipe(BaseModel):
+    """What to decompose, how, and what to write.
+
+    Attributes:
+        method: ``cp``, ``tucker`` or ``svd`` (each matrix by itself, as LASER does).
+        rank: one integer, or for Tucker a triple (stack, inner, hidden).
+        layers: ``"all"`` or a list such as ``"20-30,35"``, counted from 0.
+        roles: ``"fc"``, ``"attn"``, ``"all"``, or a comma-separated list of q, k, v, o, gate, up, down.
+        group_layers: layers stacked together: ``"all"`` or how many consecutive selected layers; 1 is layer by layer.
+        write: ``"dense"`` (same tensors and shapes).
+        seed: of every random choice.
+        n_iter_max: cap on sweeps; None takes the method's own.
+        tol: change of fit under which sweeps stop; None takes the method's own.
+        engine: ``"streaming"``, or ``"tensorly"`` for the whole stack in memory, the reference.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["cp", "tucker", "svd"] = "cp"
+    rank: int | tuple[int, int, int]
+    layers: str = "all"
+    roles: str = "all"
+    group_layers: Literal["all"] | int = "all"
+    write: Literal["dense", "factored"] = "dense"
+    seed: int = Field(default=0, ge=0)
+    n_iter_max: int | None = Field(default=None, ge=1)
+    tol: float | None = Field(default=None, ge=0)
+    engine: Literal["streaming", "tensorly"] = "streaming"
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_as_text(cls, value: Any) -> Any:
+        """Take a list of integers, or one integer, as well as text."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, (list, tuple, range)) and all(isinstance(n, int) for n in value):
+            return format_layers(sorted(set(value)))
+        return value
+
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _roles_as_text(cls, value: Any) -> Any:
+        return ",".join(value) if isinstance(value, (list, tuple)) else value
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML that :func:`read_recipe` takes back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def decomposition(self) -> Method:
+        """Return the method with its hyper-parameters.
+
+        Raises: RankError: the rank has the wrong form for the method.
+        """
+        options: dict[str, Any] = {"seed": self.seed, "engine": self.engine}
+        if self.n_iter_max is not None:
+            options["n_iter_max"] = self.n_iter_max
+        if self.tol is not None:
+            options["tol"] = self.tol
+        if self.method == "tucker":
+            return Tucker(rank=self.rank, **options)
+        if not isinstance(self.rank, int):
+            raise RankError(f"rank {','.join(map(str, self.rank))} is a triple; {self.method} takes one integer")
+        return CP(rank=self.rank, **options) if self.method == "cp" else SVD(rank=self.rank, **options)
+
+    def selected_roles(self, present: tuple[str, ...]) -> tuple[str, ...]:
+        """Expand ``roles`` to those that the model has.
+
+        Args:
+            present: roles that the model has, in canonical order.
+        Raises: PlanError: a role is unknown, or none of those asked for is in the model.
+        """
+        wanted: list[str] = []
+        for word in filter(None, re.split(r"[,\s]+", self.roles.strip())):
+            if word in ROLE_GROUPS:
+                wanted += ROLE_GROUPS[word]
+            elif word in ROLE_GROUPS["all"]:
+                if word not in present:
+                    raise PlanError(f"the model has no {word!r} matrices; it has {', '.join(present)}")
+                wanted.append(word)
+            else:
+                known = (*ROLE_GROUPS, *ROLE_GROUPS["all"])
+                raise PlanError(f"unknown role {word!r}{suggestion(word, known)} (known: {', '.join(known)})")
+        chosen = tuple(role for role in present if role in wanted)
+        if not chosen:
+            raise PlanError(f"roles {self.roles!r} select nothing; the model has {', '.join(present)}")
+        return chosen
+
+    def selected_layers(self, count: int) -> tuple[int, ...]:
+        """Expand ``layers`` for a model of ``count`` layers.
+
+        Raises: PlanError: a range is malformed, reversed, or outside the model.
+        """
+        if self.layers.strip() == "all":
+            return tuple(range(count))
+        chosen: set[int] = set()
+        for part in filter(None, (piece.strip() for piece in self.layers.split(","))):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            if not match:
+                raise PlanError(f"layers {self.layers!r}: cannot read {part!r}; expected forms are 'all', '28', '20-30,35'")
+            first, last = int(match[1]), int(match[2] or match[1])
+            if first > last:
+                raise PlanError(f"layers {self.layers!r}: the range {part} is reversed; write {last}-{first}")
+            if last >= count:
+                raise PlanError(f"layers {self.layers!r}: the model has layers 0-{count - 1}, so {part} is outside it")
+            chosen.update(range(first, last + 1))
+        if not chosen:
+            raise PlanError(f"layers {self.layers!r} select nothing; the model has layers 0-{count - 1}")
+        return tuple(sorted(chosen))
+
+    @property
+    def layers_per_stack(self) -> int | None:
+        """Layers in one stack, None for all."""
+        return None if self.group_layers == "all" else self.group_layers
+
+
+def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
+    """Build a recipe from plain values.
+
+    Args:
+        values: field names with values, as read from YAML or from options.
+        origin: what to call them in a message, such as a file name.
+    Raises: PlanError: an unknown key, or a value that cannot be used, with where and why.
+    """
+    unknown = [key for key in values if key not in Recipe.model_fields]
+    if unknown:
+        hint = suggestion(str(unknown[0]), Recipe.model_fields)
+        raise PlanError(f"{origin}: unknown key {unknown[0]!r}{hint} (known: {', '.join(Recipe.model_fields)})")
+    method = values.get("method", "cp")
+    if method not in METHODS:
+        raise PlanError(f"{origin}: unknown method {method!r}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})")
+    if "rank" not in values:
+        raise PlanError(f"{origin}: no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
+    group = values.get("group_layers", "all")
+    if group != "all" and not (isinstance(group, int) and group >= 1):
+        raise PlanError(f"{origin}: group_layers is {group!r}; expected 'all' or a number of layers from 1")
+    try:
+        return Recipe(**values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        key = ".".join(str(part) for part in first["loc"][:1])
+        raise PlanError(f"{origin}: {key} is {first['input']!r}: {first['msg']}") from e
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file's values; :func:`make_recipe` checks them after options have been laid over.
+
+    Raises: PlanError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise PlanError(f"cannot read recipe {path}: {e}") from e
+    except yaml.YAMLError as e:
+        reason = " ".join(str(e).split())
+        raise PlanError(f"recipe {path} is not valid YAML: {reason}") from e
+    if not isinstance(values, dict):
+        raise PlanError(f"recipe {path} holds {type(values).__name__}; expected a mapping such as 'rank: 64'")
+    return values

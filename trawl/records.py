@@ -1,0 +1,213 @@
+"""What a run leaves in words: its report, trawl.json, and the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trawl.errors import PlanError
+from trawl.planning import Plan
+from trawl.shards import sealed
+from trawl.stacking import format_layers
+
+WEAK_ENERGY = 0.5
+FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
+CARRIED_METADATA = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "datasets")
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """What became of one stack.
+
+    Attributes:
+        name: the stack's name in the plan.
+        layers: layers that it covers.
+        roles: roles that it covers.
+        tensors: stored tensors that hold its slices.
+        shape: (S, inner, hidden).
+        rank: (stack, inner, hidden).
+        relative_error: ‖T − T̂‖_F / ‖T‖_F of what was written, rounding included.
+        parameters_before: entries of its matrices.
+        parameters_after: entries of its factors.
+        iterations: sweeps made.
+        converged: whether the change of fit fell under the tolerance before the cap on sweeps.
+        seconds: time of its decomposition; 0 when a sealed factor file was reused.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    roles: tuple[str, ...]
+    tensors: tuple[str, ...]
+    shape: tuple[int, int, int]
+    rank: tuple[int, int, int]
+    relative_error: float
+    parameters_before: int
+    parameters_after: int
+    iterations: int
+    converged: bool
+    seconds: float
+
+    @property
+    def kept_energy(self) -> float:
+        """Share of ‖T‖² that is left, 1 − relative_error²."""
+        return 1.0 - self.relative_error**2
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return asdict(self) | {"kept_energy": self.kept_energy}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        out: the finished folder.
+        stacks: in plan order.
+        seconds: wall time of the run.
+    """
+
+    out: Path
+    stacks: tuple[StackReport, ...]
+    seconds: float
+
+    @property
+    def weak_stacks(self) -> tuple[StackReport, ...]:
+        """Stacks that keep less than half of their energy, enough lost to break a model."""
+        return tuple(stack for stack in self.stacks if stack.kept_energy < WEAK_ENERGY)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {
+            "out": str(self.out),
+            "seconds": round(self.seconds, 3),
+            "stacks": [stack.to_json() for stack in self.stacks],
+        }
+
+
+def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], staged: Path) -> None:
+    """Write trawl.json and the model card into a folder.
+
+    Args:
+        planned: what was to be done.
+        report: what was done.
+        identity: what the output depends on.
+        staged: the folder that becomes OUT.
+    """
+    record = {
+        "write": planned.recipe.write,
+        "command": shlex.join(["trawl", *sys.argv[1:]]) if Path(sys.argv[0]).name == "trawl" else None,
+        "threads": torch.get_num_threads(),
+        "seconds": round(report.seconds, 3),
+        "source": {"model": planned.checkpoint.origin, "revision": planned.checkpoint.revision},
+        "family": {"name": planned.match.family, "assumed": list(planned.match.assumed)},
+        "identity": identity,
+        "stacks": [stack.to_json() for stack in report.stacks],
+    }
+    with sealed(staged / "trawl.json") as file:
+        file.write((json.dumps(record, indent=2) + "\n").encode())
+    with sealed(staged / "README.md") as file:
+        file.write(model_card(planned, report, record).encode())
+
+
+def read_report(out: Path, identity: Mapping[str, Any]) -> Report | None:
+    """Return the report of a finished output, None if there is none or it is of another run.
+
+    Raises: PlanError: the folder's trawl.json cannot be read.
+    """
+    try:
+        record = json.loads((out / "trawl.json").read_bytes())
+        if record["identity"] != json.loads(json.dumps(identity)):
+            return None
+        fields = [{key: value for key, value in stack.items() if key != "kept_energy"} for stack in record["stacks"]]
+        stacks = tuple(
+            StackReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in stack.items()})
+            for stack in fields
+        )
+        return Report(out, stacks, float(record["seconds"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise PlanError(f"{out / 'trawl.json'} is not readable: {e}; pass --overwrite to replace the folder") from e
+
+
+def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
+    """Return the output's README.md: metadata, what was done, with what error, and how to repeat it."""
+    checkpoint, recipe = planned.checkpoint, planned.recipe
+    before = sum(stack.parameters_before for stack in report.stacks)
+    name = Path(checkpoint.origin).name
+    lines = [
+        f"# {name}, denoised with TRAWL",
+        "",
+        f"Low-rank approximations stand in place of {before:,} of the {checkpoint.parameters:,} weights of "
+        f"`{checkpoint.origin if '/' not in checkpoint.origin or checkpoint.revision else name}`. The tensors have "
+        "their old names, shapes and dtypes, so the checkpoint loads wherever the original did. Nothing was trained.",
+        "",
+        f"Method {recipe.method.upper()}, rank {recipe.rank}, layers {recipe.layers}, roles {recipe.roles}, "
+        f"group-layers {recipe.group_layers}, seed {recipe.seed}.",
+        "",
+        *_table(report.stacks),
+        "",
+        "Relative error is ‖T − T̂‖ / ‖T‖ in the Frobenius norm, measured on the weights as written; kept energy is "
+        "1 − relative error².",
+    ]
+    if report.weak_stacks:
+        lines += ["", f"**{weak_warning(report)}**"]
+    lines += ["", "Every other tensor is byte-identical to the source. Exact versions and hashes are in `trawl.json`."]
+    if record["command"]:
+        lines += ["", "```", record["command"], "```"]
+    return _front_matter(planned) + "\n".join(lines) + "\n"
+
+
+def weak_warning(report: Report) -> str:
+    """Say plainly that a model may be broken."""
+    worst = min(report.weak_stacks, key=lambda stack: stack.kept_energy)
+    return (
+        f"{len(report.weak_stacks)} of {len(report.stacks)} stacks keep under {WEAK_ENERGY:.0%} of their energy "
+        f"(least: {worst.name} with {worst.kept_energy:.1%}). A model changed this much may be broken: "
+        "evaluate it before any use."
+    )
+
+
+def _table(stacks: Sequence[StackReport]) -> list[str]:
+    """Return the stacks as a Markdown table."""
+    rows = ["| stack | layers | roles | shape | rank | relative error | kept energy | parameters | in factors |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
+    for stack in stacks:
+        rows.append(
+            f"| {stack.name} | {format_layers(stack.layers)} | {', '.join(stack.roles)} | {_times(stack.shape)} | "
+            f"{_times(stack.rank)} | {stack.relative_error:.5f} | {stack.kept_energy:.2%} | "
+            f"{stack.parameters_before:,} | {stack.parameters_after:,} |"
+        )
+    return rows
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return " × ".join(str(size) for size in sizes)
+
+
+def _front_matter(planned: Plan) -> str:
+    """Return the card's metadata: the base model, tags, and what carries over from the source's card."""
+    carried: dict[str, Any] = {}
+    source = planned.checkpoint.folder / "README.md"
+    if source.is_file() and (match := FRONT_MATTER.match(source.read_text(encoding="utf-8", errors="replace"))):
+        try:
+            loaded = yaml.safe_load(match[1])
+        except yaml.YAMLError:
+            loaded = None  # a card with broken metadata has none to carry over
+        if isinstance(loaded, dict):
+            carried = {key: loaded[key] for key in CARRIED_METADATA if key in loaded}
+    tags = ["trawl", "low-rank", planned.recipe.method]
+    metadata = {"base_model": planned.checkpoint.origin, "library_name": "transformers", **carried, "tags": tags}
+    if planned.checkpoint.revision is None:  # a local path is no model on the hub, and says too much of this machine
+        metadata["base_model"] = Path(planned.checkpoint.origin).name
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n"
