@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -60,7 +61,7 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
-def run_compress(source: Path, out: Path, options: list[str]) -> tuple[float, int, dict[str, object]]:
+def run_compress(source: Path, out: Path, options: list[str]) -> tuple[float, int, dict[str, Any]]:
     """Run the command line; return wall seconds, peak RssAnon in bytes, and its JSON report."""
     command = [sys.executable, "-c", "import trawl_cli; trawl_cli.main()", "compress", str(source), "-o", str(out)]
     started = time.perf_counter()
@@ -96,9 +97,20 @@ def main() -> None:
     source: Path = arguments.source
     scratch = source.with_name(source.name + ".benchmark")
     rate = gemm_rate()
-    title = f"{source.name}, rank {arguments.rank}, layers {arguments.layers}; {platform.processor() or platform.machine()}"
+    title = (
+        f"{source.name}, rank {arguments.rank}, layers {arguments.layers}; {platform.processor() or platform.machine()}"
+    )
     table = Table(title=f"{title}, {os.cpu_count()} cores, {rate / 1e9:.0f} GFLOP/s; median of {arguments.repeats}")
-    columns = ("method", "cp -r s", "floor s", "compress s", "ratio", "decompose s", "peak RssAnon GB", "worst rel. error")
+    columns = (
+        "method",
+        "cp -r s",
+        "floor s",
+        "compress s",
+        "ratio",
+        "decompose s",
+        "peak RssAnon GB",
+        "worst rel. error",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     for method in arguments.methods.split(","):
@@ -112,7 +124,7 @@ def main() -> None:
             copied = copy_seconds(source, scratch)
             seconds, peak, report = run_compress(source, scratch, options)
             runs.append((seconds / (copied + floor), copied, seconds, peak, report))
-        ratio, copied, seconds, peak, report = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
+        _, copied, seconds, _, report = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
         stacks = report["stacks"]
         decompose = sum(stack["seconds"] for stack in stacks)
         error = max(stack["relative_error"] for stack in stacks)

@@ -44,7 +44,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; finished stacks are kept in OUT.partial, go on with --resume", err=True)
         sys.exit(130)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001 (the end of the line: what is not expected is shown whole)
         if debug or not _is_expected(e):
             traceback.print_exc()
         if _is_expected(e):

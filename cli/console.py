@@ -12,7 +12,15 @@ from typing import Any
 import rich_click as click
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -26,7 +34,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
-    """Print a table whose first ``left`` columns are text and the others numbers; whole even where it is not a terminal."""
+    """Print a table whose first ``left`` columns are text and the others numbers; never squeezed into a file."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
@@ -45,9 +53,11 @@ def log_handler() -> logging.Handler:
 
 @contextmanager
 def observing(quiet: bool) -> Iterator[Any]:
-    """Yield an observer for :func:`trawl.compress`: a bar with rate and time left, or plain lines without a terminal."""
+    """Yield an observer of long work: a bar with rate and time left, or plain lines without a terminal."""
     if quiet:
-        yield lambda stage, done, total: None
+        from trawl.observers import silent
+
+        yield silent
     elif ERR.is_terminal:
         with _bars() as bars:
             yield bars
@@ -57,7 +67,13 @@ def observing(quiet: bool) -> Iterator[Any]:
 
 @contextmanager
 def _bars() -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=ERR, transient=True) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -72,14 +88,15 @@ def _bars() -> Iterator[Any]:
 
 
 def _plain() -> Any:
-    state = {"stage": "", "time": 0.0}
+    last_stage, last_time = "", 0.0
 
     def observe(stage: str, done: int, total: int | None) -> None:
+        nonlocal last_stage, last_time
         now = time.monotonic()
         finished = total is not None and done >= total
-        if stage == state["stage"] and not finished and now - float(state["time"]) < PLAIN_SECONDS:
+        if stage == last_stage and not finished and now - last_time < PLAIN_SECONDS:
             return
-        state.update(stage=stage, time=now)
+        last_stage, last_time = stage, now
         share = f" {done / total:.0%}" if total else ""
         ERR.print(f"{stage}{share}", highlight=False)
 

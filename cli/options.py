@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.option("--method", metavar="cp|tucker|svd", help="Decomposition; svd takes each matrix alone.  [default: cp]"),
+    click.option(
+        "--method", metavar="cp|tucker|svd", help="Decomposition; svd takes each matrix alone.  [default: cp]"
+    ),
     click.option("--rank", metavar="INT|R0,R1,R2", help="Rank; Tucker also takes (stack,inner,hidden)."),
     click.option("--layers", metavar="20-30,35|all", help="Layers, counted from 0.  [default: all]"),
     click.option("--roles", metavar="fc|attn|all|LIST", help="Matrices; LIST of q,k,v,o,gate,up,down.  [default: all]"),

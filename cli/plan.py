@@ -66,7 +66,9 @@ def print_plan(planned: Plan) -> None:
         for item in planned.stacks
     ]
     columns = ("stack", "layers", "roles", "shape", "rank", "parameters", "in factors")
-    title = f"{planned.checkpoint.origin}: {planned.match.family}, {planned.recipe.method}, write {planned.recipe.write}"
+    title = (
+        f"{planned.checkpoint.origin}: {planned.match.family}, {planned.recipe.method}, write {planned.recipe.write}"
+    )
     print_table(title, columns, rows, left=3)
     for note in (*planned.match.assumed, *planned.notes):
         click.echo(f"note: {note}")

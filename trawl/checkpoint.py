@@ -42,8 +42,16 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 BITS: Mapping[str, int] = {
     **{name: dtype.itemsize * 8 for name, dtype in DTYPES.items()},
-    **{"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
-    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+    "U64": 64,
+    "U32": 32,
+    "U16": 16,
+    "C64": 64,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
 }
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 

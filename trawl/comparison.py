@@ -20,8 +20,8 @@ class TensorDifference:
 
     Attributes:
         name: tensor name.
-        change: ``equal`` (same dtype, shape and bytes), ``changed``, ``reshaped`` (shape or dtype differ), ``only in A``
-            or ``only in B``.
+        change: ``equal`` (same dtype, shape and bytes), ``changed``, ``reshaped`` (shape or dtype differ),
+            ``only in A`` or ``only in B``.
         shape_a, shape_b: shapes, None where the tensor is absent.
         dtype_a, dtype_b: dtypes, None where the tensor is absent.
         relative_error: ‖A − B‖_F / ‖A‖_F; None unless both are float tensors of one shape.
@@ -86,10 +86,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """Return ‖a − b‖_F / ‖a‖_F in float64, block by block; infinite where only a is zero."""
     error = norm = 0.0
-    for left, right in zip(a.reshape(-1).split(BLOCK_ENTRIES), b.reshape(-1).split(BLOCK_ENTRIES), strict=True):
-        reference = left.double()
+    flat_a, flat_b = a.reshape(-1), b.reshape(-1)
+    for first in range(0, flat_a.numel(), BLOCK_ENTRIES):
+        block = slice(first, first + BLOCK_ENTRIES)
+        reference = flat_a[block].double()
         norm += float(reference.square().sum())
-        error += float((reference - right.double()).square_().sum())
+        error += float((reference - flat_b[block].double()).square_().sum())
     if error == 0.0:
         return 0.0
     return (error / norm) ** 0.5 if norm else float("inf")

@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import chain, combinations
 from typing import Any, Literal
 
-from trawl.checkpoint import FLOAT_DTYPES, TensorInfo
+from trawl.checkpoint import TensorInfo
 from trawl.errors import LoadError, PlanError, ShapeError
 from trawl.stacking import Stack
 from trawl.views import View, parse, solve
@@ -254,7 +254,20 @@ def find_fault(descriptor: Descriptor) -> str | None:
 
 
 def _stack_fault(stack: DescribedStack) -> str | None:
-    """Check one stack: sizes, ranks, and that each slice's view gives its shape."""
+    """Check one stack: sizes, ranks, names, and that each slice's view gives its shape."""
+    if fault := _rank_fault(stack):
+        return fault
+    what = f"stack {stack.name}"
+    if (prefix := factors_prefix(stack.name, stack.slices[0].tensor)) != stack.factors:
+        return f"{what} has its factors at {stack.factors}; expected {prefix}, the block of its first slice"
+    for part in stack.slices:
+        if fault := _slice_fault(part, stack.shape[1:]):
+            return f"{what}, tensor {part.tensor}: {fault}"
+    return None
+
+
+def _rank_fault(stack: DescribedStack) -> str | None:
+    """Check one stack's sizes and ranks."""
     (size, inner, hidden), (mixed, r1, r2) = stack.shape, stack.rank
     what = f"stack {stack.name}"
     if size != len(stack.slices):
@@ -265,11 +278,6 @@ def _stack_fault(stack: DescribedStack) -> str | None:
         return f"{what} of shape {stack.shape} has a diagonal core and ranks {r1} and {r2}"
     if stack.core == "full" and (r1 > inner or r2 > hidden):
         return f"{what} of shape {stack.shape} has the ranks {stack.rank}, above its sizes"
-    if (prefix := factors_prefix(stack.name, stack.slices[0].tensor)) != stack.factors:
-        return f"{what} has its factors at {stack.factors}; expected {prefix}, the block of its first slice"
-    for part in stack.slices:
-        if fault := _slice_fault(part, (inner, hidden)):
-            return f"{what}, tensor {part.tensor}: {fault}"
     return None
 
 
@@ -304,6 +312,8 @@ def _cover_fault(tensor: str, parts: Sequence[tuple[DescribedStack, int]]) -> st
     first = slices[0]
     if any((part.stored_shape, part.view.stored) != (first.stored_shape, first.view.stored) for part in slices):
         return f"tensor {tensor} is described with several shapes or patterns"
+    if len({axis for part in slices for axis, _, _ in part.view.take}) > 1:
+        return f"tensor {tensor} is cut along several axes at once, which factors cannot stand in for"
     grids = [solve(parse(part.view.stored), part.stored_shape, dict(part.view.sizes), "tensor") for part in slices]
     if any(grid != grids[0] for grid in grids):
         return f"tensor {tensor} is described with several sizes of the same axes"

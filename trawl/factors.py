@@ -27,8 +27,8 @@ FORMAT_VERSION = 1
 class Factors:
     """A stack of matrices in factored form, ``W_s = left · M_s · rightᵀ``.
 
-    ``M_s`` is ``diag(core[s])`` where ``core`` is 2-D (CP, SVD) and ``core[s]`` where it is 3-D (Tucker). With ``stack``
-    given (a compressed stack mode), ``core`` is mixed first: ``M_s = Σ_a stack[s, a] core[a]``.
+    ``M_s`` is ``diag(core[s])`` where ``core`` is 2-D (CP, SVD) and ``core[s]`` where it is 3-D (Tucker). With
+    ``stack`` given (a compressed stack mode), ``core`` is mixed first: ``M_s = Σ_a stack[s, a] core[a]``.
 
     Attributes:
         left: (inner, r1).
@@ -49,7 +49,11 @@ class Factors:
     converged: bool = True
 
     def __post_init__(self) -> None:
-        for name, tensor, ranks in (("left", self.left, (2,)), ("right", self.right, (2,)), ("core", self.core, (2, 3))):
+        for name, tensor, ranks in (
+            ("left", self.left, (2,)),
+            ("right", self.right, (2,)),
+            ("core", self.core, (2, 3)),
+        ):
             if tensor.dim() not in ranks:
                 raise ShapeError(f"factor {name} has {tensor.dim()} axes {tuple(tensor.shape)}; expected {ranks}")
         r1, r2 = self.core.shape[1], self.core.shape[-1]
@@ -90,7 +94,8 @@ class Factors:
         """Return M_s, (r,) where it is diagonal and (r1, r2) where it is not."""
         if self.stack is None:
             return self.core[s]
-        return torch.tensordot(self.stack[s], self.core, dims=1)
+        mixed: Tensor = torch.tensordot(self.stack[s], self.core, dims=1)
+        return mixed
 
     def slice(self, s: int) -> Tensor:
         """Multiply out slice s.
@@ -118,9 +123,7 @@ class Factors:
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         """Return the same factors on another device or in another dtype."""
-        moved = {
-            name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items() if tensor is not None
-        }
+        moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items()}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -180,4 +183,3 @@ class Factors:
         except (KeyError, ShapeError) as e:
             raise LoadError(f"{path} does not hold one set of factors: {e}; delete it and decompose again") from e
         return factors, header["metadata"]
-

@@ -73,9 +73,13 @@ def _open_hub(model: str, revision: str | None, *, weights: bool) -> Checkpoint:
     except RevisionNotFoundError as e:
         raise CheckpointError(f"{model} has no revision {revision!r} on the hub") from e
     except RepositoryNotFoundError as e:
-        raise CheckpointError(f"no such folder, and no such model on the hub: {name} (private ones need hf auth login)") from e
+        raise CheckpointError(
+            f"no such folder, and no such model on the hub: {name} (private ones need hf auth login)"
+        ) from e
     except NotASafetensorsRepoError as e:
-        raise CheckpointError(f"{name} has no safetensors weights on the hub; convert it with transformers first") from e
+        raise CheckpointError(
+            f"{name} has no safetensors weights on the hub; convert it with transformers first"
+        ) from e
     except (HFValidationError, SafetensorsParsingError) as e:
         raise CheckpointError(f"{name}: {str(e).splitlines()[0]}") from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as e:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from trawl.checkpoint import Checkpoint
 from trawl.errors import CheckpointError, PlanError
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
+from trawl.observers import Observer, silent
 from trawl.planning import Plan, PlannedStack, make_plan
 from trawl.recipe import Recipe
 from trawl.records import Report, StackReport, read_report, write_records
@@ -25,13 +26,6 @@ from trawl.workspace import Workspace
 from trawl.writing import DenseWriter, SquaredErrors
 
 LOG = logging.getLogger("trawl")
-
-Observer = Callable[[str, int, int | None], None]
-"""Called as ``observer(stage, done, total)``; counts are bytes, or slices read while a stack is decomposed."""
-
-
-def silent(stage: str, done: int, total: int | None) -> None:
-    """Observe nothing."""
 
 
 def plan(model: str | Path, recipe: Recipe, *, revision: str | None = None, family_file: Path | None = None) -> Plan:
@@ -200,9 +194,7 @@ def factor_path(workspace: Workspace, stack: Stack) -> Path:
     return workspace.factors / f"{stack.name}.safetensors"
 
 
-def write_shards(
-    planned: Plan, workspace: Workspace, absmax: Mapping[str, float], observer: Observer
-) -> SquaredErrors:
+def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float], observer: Observer) -> SquaredErrors:
     """Write the output's shards, and return how far they are from the source.
 
     A shard's squared errors are sealed beside the factor files right after it, so that a resumed run keeps both or

@@ -116,7 +116,9 @@ class Recipe(BaseModel):
         for part in filter(None, (piece.strip() for piece in self.layers.split(","))):
             match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
             if not match:
-                raise PlanError(f"layers {self.layers!r}: cannot read {part!r}; expected forms are 'all', '28', '20-30,35'")
+                raise PlanError(
+                    f"layers {self.layers!r}: cannot read {part!r}; expected forms are 'all', '28', '20-30,35'"
+                )
             first, last = int(match[1]), int(match[2] or match[1])
             if first > last:
                 raise PlanError(f"layers {self.layers!r}: the range {part} is reversed; write {last}-{first}")
@@ -147,7 +149,9 @@ def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
         raise PlanError(f"{origin}: unknown key {unknown[0]!r}{hint} (known: {', '.join(Recipe.model_fields)})")
     method = values.get("method", "cp")
     if method not in METHODS:
-        raise PlanError(f"{origin}: unknown method {method!r}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})")
+        raise PlanError(
+            f"{origin}: unknown method {method!r}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})"
+        )
     if "rank" not in values:
         raise PlanError(f"{origin}: no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
     group = values.get("group_layers", "all")

@@ -128,11 +128,7 @@ def read_report(out: Path, identity: Mapping[str, Any]) -> Report | None:
         record = json.loads((out / "trawl.json").read_bytes())
         if record["identity"] != json.loads(json.dumps(identity)):
             return None
-        fields = [{key: value for key, value in stack.items() if key != "kept_energy"} for stack in record["stacks"]]
-        stacks = tuple(
-            StackReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in stack.items()})
-            for stack in fields
-        )
+        stacks = tuple(map(_stack_report, record["stacks"]))
         return Report(out, stacks, float(record["seconds"]))
     except FileNotFoundError:
         return None
@@ -140,26 +136,32 @@ def read_report(out: Path, identity: Mapping[str, Any]) -> Report | None:
         raise PlanError(f"{out / 'trawl.json'} is not readable: {e}; pass --overwrite to replace the folder") from e
 
 
+def _stack_report(values: Mapping[str, Any]) -> StackReport:
+    """Read back what :meth:`StackReport.to_json` wrote."""
+    fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
+    del fields["kept_energy"]
+    return StackReport(**fields)
+
+
 def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
     """Return the output's README.md: metadata, what was done, with what error, and how to repeat it."""
     checkpoint, recipe = planned.checkpoint, planned.recipe
     before = sum(stack.parameters_before for stack in report.stacks)
     name = Path(checkpoint.origin).name
-    lines = [
-        f"# {name}, denoised with TRAWL",
-        "",
-        f"Low-rank approximations stand in place of {before:,} of the {checkpoint.parameters:,} weights of "
-        f"`{checkpoint.origin if '/' not in checkpoint.origin or checkpoint.revision else name}`. The tensors have "
-        "their old names, shapes and dtypes, so the checkpoint loads wherever the original did. Nothing was trained.",
-        "",
+    intro = (
+        f"Low-rank approximations stand in place of {before:,} of the {checkpoint.parameters:,} weights of {name}. The "
+        "tensors have their old names, shapes and dtypes, so the checkpoint loads wherever the original did. Nothing "
+        "was trained."
+    )
+    settings = (
         f"Method {recipe.method.upper()}, rank {recipe.rank}, layers {recipe.layers}, roles {recipe.roles}, "
-        f"group-layers {recipe.group_layers}, seed {recipe.seed}.",
-        "",
-        *_table(report.stacks),
-        "",
+        f"group-layers {recipe.group_layers}, seed {recipe.seed}."
+    )
+    meaning = (
         "Relative error is ‖T − T̂‖ / ‖T‖ in the Frobenius norm, measured on the weights as written; kept energy is "
-        "1 − relative error².",
-    ]
+        "1 − relative error²."
+    )
+    lines = [f"# {name}, denoised with TRAWL", "", intro, "", settings, "", *_table(report.stacks), "", meaning]
     if report.weak_stacks:
         lines += ["", f"**{weak_warning(report)}**"]
     lines += ["", "Every other tensor is byte-identical to the source. Exact versions and hashes are in `trawl.json`."]
@@ -180,15 +182,22 @@ def weak_warning(report: Report) -> str:
 
 def _table(stacks: Sequence[StackReport]) -> list[str]:
     """Return the stacks as a Markdown table."""
-    rows = ["| stack | layers | roles | shape | rank | relative error | kept energy | parameters | in factors |"]
-    rows.append("|---|---|---|---|---|---|---|---|---|")
-    for stack in stacks:
-        rows.append(
-            f"| {stack.name} | {format_layers(stack.layers)} | {', '.join(stack.roles)} | {_times(stack.shape)} | "
-            f"{_times(stack.rank)} | {stack.relative_error:.5f} | {stack.kept_energy:.2%} | "
-            f"{stack.parameters_before:,} | {stack.parameters_after:,} |"
+    names = ("stack", "layers", "roles", "shape", "rank", "relative error", "kept energy", "parameters", "in factors")
+    rows = [
+        (
+            stack.name,
+            format_layers(stack.layers),
+            ", ".join(stack.roles),
+            _times(stack.shape),
+            _times(stack.rank),
+            f"{stack.relative_error:.5f}",
+            f"{stack.kept_energy:.2%}",
+            f"{stack.parameters_before:,}",
+            f"{stack.parameters_after:,}",
         )
-    return rows
+        for stack in stacks
+    ]
+    return ["| " + " | ".join(row) + " |" for row in (names, ["---"] * len(names), *rows)]
 
 
 def _times(sizes: Sequence[int]) -> str:

@@ -80,7 +80,8 @@ def copy_file(source: Path, path: Path) -> None:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a contiguous CPU tensor's bytes without copying them."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def _joined(parts: Iterable[FileRange | Tensor]) -> Iterator[FileRange | Tensor]:

@@ -103,7 +103,8 @@ def scan(checkpoint: Checkpoint, name: str) -> float:
     """Read one stored tensor once and return its largest magnitude.
 
     Args:
-        name: a stored tensor.
+        checkpoint: where it is stored.
+        name: the stored tensor.
     Returns: max |x|, finite.
     Raises: CheckpointError: the tensor is not of a float dtype that can be decomposed, or holds NaN or Inf.
     Cost: one read of the tensor, at memory speed where it is cached; nothing is kept.
@@ -117,7 +118,9 @@ def scan(checkpoint: Checkpoint, name: str) -> float:
     if not largest < float("inf"):  # NaN compares false
         tensor = checkpoint.read(name)
         count = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"{where} holds {count} NaN or Inf entries; expected finite weights. Repair the checkpoint")
+        raise CheckpointError(
+            f"{where} holds {count} NaN or Inf entries; expected finite weights. Repair the checkpoint"
+        )
     return largest
 
 
@@ -140,7 +143,7 @@ class StoredSlices:
     stack: Stack
     absmax: float
     device: torch.device
-    on_slice: Callable[[], None]
+    on_slice: Callable[[], object] = bool
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -60,13 +60,17 @@ class Workspace:
         """
         out, origin = self.out.resolve(), source.resolve()
         if out == origin or origin in out.parents:
-            raise PlanError(f"output {self.out} equals or lies inside the source {source}; choose another folder with -o")
+            raise PlanError(
+                f"output {self.out} equals or lies inside the source {source}; choose another folder with -o"
+            )
         if out in origin.parents:
             raise PlanError(f"output {self.out} contains the source {source}; choose another folder with -o")
         if self.out.exists() and not overwrite:
             raise PlanError(f"output {self.out} exists; pass --overwrite to replace it, or another folder with -o")
         if self.partial.exists() and not (resume or overwrite):
-            raise PlanError(f"{self.partial} holds an interrupted run; pass --resume to go on, or --overwrite to start anew")
+            raise PlanError(
+                f"{self.partial} holds an interrupted run; pass --resume to go on, or --overwrite to start anew"
+            )
         parent = next(folder for folder in (out.parent, *out.parent.parents) if folder.exists())
         if not os.access(parent, os.W_OK):
             raise PlanError(f"cannot write into {parent}; choose another folder with -o")

@@ -150,5 +150,3 @@ def squared_norm(block: Tensor) -> float:
     """Return ‖block‖² with its partial sums added in float64."""
     rows = block if block.stride(-1) == 1 else block.T
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
-
-

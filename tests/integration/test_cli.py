@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-
 import trawl_cli
+from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -161,7 +160,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("args", "message"), MISTAKES, ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else ""
+)
 def test_a_mistake_gives_one_line_exit_code_two_and_writes_nothing(args, message, run, zoo, tmp_path):
     import torch
 
@@ -216,6 +217,8 @@ def test_ctrl_c_says_how_to_go_on(zoo, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, trawl_cli; print([m for m in ('torch', 'transformers', 'tensorly', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, trawl_cli; print([m for m in ('torch', 'transformers', 'tensorly', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

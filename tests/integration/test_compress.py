@@ -65,14 +65,14 @@ def test_the_source_card_metadata_is_carried_over(zoo, tmp_path):
     assert "# Title" not in card
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for a kill at a stage."""
 
 
 def stop_at(stage: str):
     def observer(name: str, done: int, total: int | None) -> None:
         if name.startswith(stage) and done:
-            raise Stop
+            raise StopError
 
     return observer
 
@@ -81,7 +81,7 @@ def stop_at(stage: str):
 def test_resume_goes_on_from_sealed_files(stage, zoo, tmp_path, monkeypatch):
     source, out = zoo("llama", 3), tmp_path / "out"
     trawl.compress(source, RECIPE, tmp_path / "undisturbed")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         trawl.compress(source, RECIPE, out, observer=stop_at(stage))
     assert not out.exists()
     sealed = {path.name: path.stat().st_mtime_ns for path in Workspace(out).factors.glob("*.safetensors")}
@@ -99,7 +99,7 @@ def test_resume_goes_on_from_sealed_files(stage, zoo, tmp_path, monkeypatch):
 
 def test_resume_refuses_another_run(zoo, tmp_path):
     source, out = zoo("llama"), tmp_path / "out"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         trawl.compress(source, RECIPE, out, observer=stop_at("writing"))
     with pytest.raises(ResumeError, match=r"recipe\.seed \(0 then, 1 now\)"):
         trawl.compress(source, RECIPE.model_copy(update={"seed": 1}), out, resume=True)
@@ -117,7 +117,7 @@ def test_overwrite_keeps_the_old_output_until_the_new_one_is_complete(zoo, tmp_p
     with pytest.raises(PlanError, match="--overwrite"):
         trawl.compress(source, RECIPE, out)
     other = RECIPE.model_copy(update={"rank": 2})
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         trawl.compress(source, other, out, overwrite=True, observer=stop_at("writing"))
     assert folder_hash(out) == before
     trawl.compress(source, other, out, overwrite=True)

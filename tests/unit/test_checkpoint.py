@@ -176,5 +176,5 @@ def test_a_broken_checkpoint_is_named_on_one_line(breaker, message, folder):
 def test_a_tensor_in_two_shards_is_refused(folder):
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     shutil.copy(first, second)
-    with pytest.raises(CheckpointError, match="stand in two shards|but it is"):
+    with pytest.raises(CheckpointError, match=r"stand in two shards"):
         open_folder(folder)

@@ -106,7 +106,11 @@ def test_bad_values_are_named(values, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("rank: [1", "not valid YAML"), ("- 1\n- 2", "holds list"), ("!!python/object/apply:os.getcwd []", "not valid YAML")],
+    [
+        ("rank: [1", "not valid YAML"),
+        ("- 1\n- 2", "holds list"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
 )
 def test_bad_files_are_named(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)

@@ -13,12 +13,13 @@ from torch import Tensor
 from trawl.decompose.cp import CP
 from trawl.decompose.method import Method
 from trawl.decompose.source import SliceSource, TensorSlices
+from trawl.decompose.spectrum import Spectrum, spectrum
 from trawl.decompose.svd import SVD
 from trawl.decompose.tucker import Tucker
 from trawl.errors import ShapeError
 from trawl.factors import Factors
 
-__all__ = ["CP", "SVD", "Method", "SliceSource", "TensorSlices", "Tucker", "decompose"]
+__all__ = ["CP", "SVD", "Method", "SliceSource", "Spectrum", "TensorSlices", "Tucker", "decompose", "spectrum"]
 
 
 def decompose(x: Tensor, method: Method) -> Factors:
@@ -37,5 +38,7 @@ def decompose(x: Tensor, method: Method) -> Factors:
     if x.dim() not in (2, 3) or 0 in x.shape:
         raise ShapeError(f"tensor has shape {tuple(x.shape)}; expected (inner, hidden) or (S, inner, hidden)")
     if not x.is_floating_point() or x.element_size() < 2:
-        raise ShapeError(f"tensor of shape {tuple(x.shape)} is {x.dtype}; expected float16, bfloat16, float32 or float64")
+        raise ShapeError(
+            f"tensor of shape {tuple(x.shape)} is {x.dtype}; expected float16, bfloat16, float32 or float64"
+        )
     return method.decompose(TensorSlices(x.detach() if x.dim() == 3 else x.detach()[None]))

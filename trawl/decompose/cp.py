@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trawl.decompose.method import Compute, Engine, Shape, check_one, check_options, report_cap, report_sweep
-from trawl.decompose.range_finder import hidden_basis, leading_subspace
+from trawl.decompose.range_finder import hidden_basis, row_subspace, sum_up
 from trawl.decompose.reference import core_cp, reference_cp
 from trawl.decompose.source import SliceSource
 from trawl.decompose.streaming import Stream, TransposedSlices
@@ -18,7 +18,7 @@ from trawl.factors import Factors
 
 EXACT_BELOW = 0.1
 COMPRESSION = 2  # columns of the compressing bases for each CP component
-CORE_SWEEPS = 100
+CORE_SWEEPS = 50
 TYPICAL_SWEEPS = 8
 POWER_STEPS = 1
 
@@ -38,7 +38,7 @@ class CP:
 
     rank: int
     n_iter_max: int = 50
-    tol: float = 1e-5
+    tol: float = 3e-5
     seed: int = 0
     engine: Engine = "streaming"
     compute: Compute = "float32"
@@ -106,8 +106,8 @@ def _streamed(method: CP, stream: Stream) -> Factors:
         kind = stream.zeros()
         parts = (torch.zeros(n, method.rank, **kind) for n in (inner, hidden, size))
         return Factors(*parts, None, 0.0, 0, True)
-    a, b, c = _start(method, stream)
-    error, converged, sweep = float("inf"), False, 0
+    a, b, c, error = _start(method, stream)
+    converged, sweep = False, 0
     while sweep < method.n_iter_max and not converged:
         sweep += 1
         a, b, c, energy = _sweep(stream, a, b, c)
@@ -121,17 +121,30 @@ def _streamed(method: CP, stream: Stream) -> Factors:
     return Factors(b, c, a / stream.scale, None, error, sweep, converged)
 
 
-def _start(method: CP, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-    """Return factor matrices (S, R), (inner, R), (hidden, R) from the CP of a compressed stack."""
-    size, inner, hidden = stream.shape
-    rank = method.rank
-    v = hidden_basis(stream, min(COMPRESSION * rank, hidden), POWER_STEPS, method.seed)
-    y = stream.right_products(v)  # (inner, S, s2)
-    u = leading_subspace(y.flatten(1), min(COMPRESSION * rank, inner), seed=method.seed)
-    core = torch.einsum("ia,isb->sab", u, y)
-    core = core / torch.linalg.vector_norm(core)
-    a, b, c = core_cp(core, _leading_triplets(core, rank, method.seed), CORE_SWEEPS, method.tol)
-    return a, u @ b, v @ c
+def _start(method: CP, stream: Stream) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return factor matrices (S, R), (inner, R), (hidden, R) from the CP of a compressed stack, and their error."""
+    u, v, core = _compress(stream, COMPRESSION * method.rank, method.seed)
+    size = torch.linalg.vector_norm(core)
+    core = core / size
+    a, b, c = core_cp(core, _leading_triplets(core, method.rank, method.seed), CORE_SWEEPS, method.tol)
+    missed = float((core - (b * a[:, None, :]) @ c.T).double().square().sum())
+    energy = float(size.double().square()) / stream.norm_squared
+    return a * size, u @ b, v @ c, math.sqrt(max(0.0, 1.0 - energy + energy * missed))
+
+
+def _compress(stream: Stream, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return bases (inner, s1) and (hidden, s2) of at most ``width`` columns, and the core (S, s1, s2) between them."""
+    _, inner, hidden = stream.shape
+    v = hidden_basis(stream, min(width, hidden), POWER_STEPS, seed)
+    y = stream.right_products(v)  # (S, s2, inner)
+    u = row_subspace(y.flatten(0, 1), min(width, inner), seed=seed)
+    core = (y @ u).transpose(1, 2)  # (S, s1, s2)
+    kept = float(core.double().square().sum()) / stream.norm_squared
+    if kept > 1.0 - EXACT_BELOW**2 and v.shape[1] < hidden:  # small directions count: v is only a float32 start
+        z = stream.left_products(u)  # (S, s1, hidden)
+        v = row_subspace(z.flatten(0, 1), v.shape[1], v, seed=seed)
+        core = z @ v
+    return u, v, core
 
 
 def _leading_triplets(core: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,27 +174,25 @@ def _sweep(stream: Stream, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Ten
     product is used as it is made, so that none is kept.
     """
     right = c.T @ c
-    total: Tensor | None = None
-    for s, panel in enumerate(stream.panels()):
-        part = panel.times(c).mul_(a[s])
-        total = part if total is None else total.add_(part)
-    assert total is not None
+    total = sum_up(panel.right(c).mul_(a[s][:, None]) for s, panel in enumerate(stream.panels()))
     b, _ = _unit(_solve(right * (a.T @ a), total))
     left = b.T @ b
-    total, rows = None, []
-    for panel in stream.panels():
-        z = panel.transposed_times(b)
-        rows.append(_solve(left * right, (z * c).sum(dim=0)[None]))
-        part = z.mul_(rows[-1])
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    a = torch.cat(rows)
+    rows: list[Tensor] = []
+    total = sum_up(_weighted(panel.left(b), c, left * right, rows) for panel in stream.panels())
+    a = torch.stack(rows)
     grams = left * (a.T @ a)
     c = _solve(grams, total)
-    inner_product = (total.double() * c.double()).sum()
+    inner_product = (total.T.double() * c.double()).sum()
     model = (grams.double() * (c.T.double() @ c.double())).sum()
     c, norms = _unit(c)
     return a * norms, b, c, float(2 * inner_product - model)
+
+
+def _weighted(z: Tensor, c: Tensor, grams: Tensor, rows: list[Tensor]) -> Tensor:
+    """Append the least-squares row of a for one slice's ``z = (X_sᵀ b)ᵀ``, and return z weighted by it."""
+    row = _solve(grams, (z * c.T).sum(dim=1)[:, None])[0]
+    rows.append(row)
+    return z.mul_(row[:, None])
 
 
 def _unit(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,7 +202,7 @@ def _unit(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve(gram: Tensor, right_side: Tensor) -> Tensor:
-    """Return ``right_side · gram⁻¹`` in float64, by pseudo-inverse where components have become dependent."""
+    """Return ``right_sideᵀ · gram⁻¹`` in float64, by pseudo-inverse where components have become dependent."""
     exact = gram.double()
     scale = exact.diagonal().clamp(min=torch.finfo(torch.float64).tiny).rsqrt()
     exact = exact * scale * scale[:, None]
@@ -201,4 +212,4 @@ def _solve(gram: Tensor, right_side: Tensor) -> Tensor:
     else:
         inverse = torch.cholesky_inverse(factor)
     inverse = inverse * scale * scale[:, None]
-    return (right_side.double() @ inverse).to(right_side.dtype)
+    return (right_side.double().T @ inverse).to(right_side.dtype)

@@ -54,7 +54,9 @@ def check_one(name: str, rank: int, largest: int, shape: Shape, where: str) -> N
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise RankError(f"{where}: {name} {rank!r} is not an integer; give an integer from 1 to {largest}")
     if not 1 <= rank <= largest:
-        raise RankError(f"{where}: {name} {rank} is outside 1..{largest} for shape {shape}; give a rank up to {largest}")
+        raise RankError(
+            f"{where}: {name} {rank} is outside 1..{largest} for shape {shape}; give a rank up to {largest}"
+        )
 
 
 def report_sweep(method: str, sweep: int, error: float, before: float) -> None:

@@ -1,14 +1,18 @@
-"""Orthonormal bases of the dominant subspaces of tall matrices and of a stack's modes."""
+"""Orthonormal bases of dominant subspaces: of matrices in memory, and of a stack's hidden mode."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from trawl.decompose.streaming import Stream
 
-SMALL_SIDE = 1024  # up to this size a Gram matrix and its eigenvectors cost less than passes of thin products
+SMALL_SIDE = 1024  # up to this size a Gram matrix costs less than passes of thin products
+EXACT_SIDE = 256  # up to this size eigenvectors cost no more than steps of subspace iteration
 OVERSAMPLING = 8
+START_STEPS = 4  # of subspace iteration from a random start
 
 
 def gaussian(rows: int, columns: int, seed: int) -> Tensor:
@@ -17,88 +21,83 @@ def gaussian(rows: int, columns: int, seed: int) -> Tensor:
 
 
 def orthonormal(y: Tensor) -> Tensor:
-    """Return Q (n, k) with orthonormal columns that span the columns of y (n, k); n ≥ k.
+    """Return Q (n, k) with orthonormal columns that span the columns of y (n, k), k ≤ n.
 
-    Twice through Cholesky factors of YᵀY (CholeskyQR2), a matrix product where Householder's QR is a sequence of thin
-    updates; the latter takes over where y is ill-conditioned, and completes a basis where columns are dependent.
+    Twice through the Cholesky factor of YᵀY (CholeskyQR2), which is matrix products where Householder's QR is a sequence
+    of thin updates; the latter takes over where y is ill-conditioned, and completes the basis of dependent columns.
 
     Cost: O(n k²).
     Reference: Fukaya et al. 2014, doi:10.1109/ScalA.2014.11
     """
-    if y.shape[1] == 0:
-        return y
     q = y
     for _ in range(2):
         norms = torch.linalg.vector_norm(q, dim=0)
-        if not bool(norms.min() > 0):
-            return _householder(y)
-        q = q / norms
+        q = q / norms  # a column of zeros gives NaN, which fails below
         factor, failed = torch.linalg.cholesky_ex(q.T @ q)
         if bool(failed) or not bool(factor.diagonal().min() > 1e-2):
             return _householder(y)
         q = torch.linalg.solve_triangular(factor, q.T, upper=False).T
-    return q.contiguous()
+    return q
 
 
 def _householder(y: Tensor) -> Tensor:
-    """Orthonormalize twice: the columns of a first Q are as good as orthonormal, whatever y is."""
+    """Orthonormalize by Householder's QR, whose Q is orthonormal whatever y is."""
     norms = torch.linalg.vector_norm(y, dim=0)
     return torch.linalg.qr(y / torch.where(norms > 0, norms, 1.0))[0]
 
 
-def leading_subspace(y: Tensor, k: int, start: Tensor | None = None, steps: int = 2, seed: int = 0) -> Tensor:
-    """Return an orthonormal basis of the leading left singular subspace of y.
+def row_subspace(
+    m: Tensor, k: int, start: Tensor | None = None, *, steps: int = 2, precise: bool = True, seed: int = 0
+) -> Tensor:
+    """Return an orthonormal basis of the leading right singular subspace of a matrix.
 
-    ``span U ≈ argmax ‖Uᵀ y‖`` over orthonormal U with k columns; exact where a side of y is small, otherwise after
+    ``span V ≈ argmax ‖M V‖`` over orthonormal V with k columns; exact where a side of M is small, otherwise after
     ``steps`` steps of subspace iteration from ``start``.
 
     Args:
-        y: (n, m).
-        k: number of columns, at most n; columns beyond the rank of y complete the basis.
-        start: (n, at least k) or None for a random start.
-        steps: subspace iterations from a given start; a random start takes four more.
+        m: (rows, n).
+        k: number of columns, at most n; columns beyond the rank of m complete the basis.
+        start: (n, k) orthonormal, or None for a random start and ``START_STEPS`` steps.
+        steps: subspace iterations from a given start.
+        precise: whether directions far below the leading ones count; squares are then formed in float64.
         seed: for the random start.
     Returns: (n, k).
-    Cost: O(n m k steps), or O(n m min(n, m)) where the smaller side is small.
+    Cost: O(rows n k steps), or O(rows n min(rows, n)) where the smaller side is small.
     Reference: Halko, Martinsson & Tropp 2011, algorithm 4.4, doi:10.1137/090771806
     """
-    n, m = y.shape
+    rows, n = m.shape
     if k >= n:
-        return torch.eye(n, dtype=y.dtype, device=y.device)
-    if min(n, m) <= max(SMALL_SIDE // 2, 2 * k):
-        return _exact_subspace(y, k)
+        return torch.eye(n, dtype=m.dtype, device=m.device)
+    if min(rows, n) <= (EXACT_SIDE if start is not None else 2 * EXACT_SIDE):
+        return _exact_row_subspace(m, k, torch.float64 if precise else m.dtype, seed)
     if start is None:
-        sketch = gaussian(m, min(k + OVERSAMPLING, n), seed).to(y)
-        start, steps = orthonormal(y @ sketch), steps + 4
-    u = start
+        start, steps = orthonormal(m.T @ gaussian(rows, min(k + OVERSAMPLING, n), seed).to(m)), START_STEPS
+    v = start
     for _ in range(steps):
-        u = orthonormal(y @ (y.T @ u))
-    return _rotate_to_leading(y, u, k) if u.shape[1] > k else u
+        v = orthonormal(m.T @ orthonormal(m @ v))
+    if v.shape[1] == k:
+        return v
+    small = m @ v
+    return v @ torch.linalg.eigh(small.T @ small)[1][:, -k:].flip(1)
 
 
-def _exact_subspace(y: Tensor, k: int) -> Tensor:
-    """Take eigenvectors of the smaller Gram matrix, in float64: its squares then lose nothing that y has."""
-    n, m = y.shape
-    exact = y.double()
-    if n <= m:
-        return torch.linalg.eigh(exact @ exact.T)[1][:, -k:].flip(1).to(y.dtype)
-    vectors = torch.linalg.eigh(exact.T @ exact)[1].flip(1)[:, :k].to(y.dtype)
-    basis = y @ vectors
-    if k > m:
-        basis = torch.cat([basis, gaussian(n, k - m, 0).to(y)], dim=1)
+def _exact_row_subspace(m: Tensor, k: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Take eigenvectors of the smaller Gram matrix; in float64, squaring loses nothing that a float32 m has."""
+    rows, n = m.shape
+    squared = m.to(dtype)
+    if n <= rows:
+        return torch.linalg.eigh(squared.T @ squared)[1][:, -k:].flip(1).to(m.dtype)
+    vectors = torch.linalg.eigh(squared @ squared.T)[1].flip(1)[:, :k].to(m.dtype)
+    basis = m.T @ vectors
+    if k > rows:
+        basis = torch.cat([basis, gaussian(n, k - rows, seed).to(m)], dim=1)
     return orthonormal(basis)
 
 
-def _rotate_to_leading(y: Tensor, u: Tensor, k: int) -> Tensor:
-    """Keep the k leading left singular directions of y within the span of u."""
-    small = (y.T @ u).double()
-    return u @ torch.linalg.eigh(small.T @ small)[1][:, -k:].flip(1).to(u.dtype)
-
-
 def hidden_basis(stream: Stream, k: int, power_steps: int, seed: int) -> Tensor:
-    """Return a basis of the leading k-dimensional subspace of the hidden mode.
+    """Return a basis that is close to the leading subspace of the hidden mode: a start for sweeps.
 
-    Leading eigenvectors of ``Σ_s X_sᵀ X_s``: exactly where hidden is small, otherwise by a randomized range finder with
+    Eigenvectors of ``Σ_s X_sᵀ X_s``, which is formed where hidden is small; otherwise by a randomized range finder with
     ``power_steps`` power iterations, each one read of every slice.
 
     Args:
@@ -112,18 +111,19 @@ def hidden_basis(stream: Stream, k: int, power_steps: int, seed: int) -> Tensor:
     """
     hidden = stream.shape[2]
     if hidden <= SMALL_SIDE:
-        gram: Tensor | None = None
-        for panel in stream.panels():
-            gram = panel.gram() if gram is None else gram.add_(panel.gram())
-        assert gram is not None
-        return torch.linalg.eigh(gram.double())[1][:, -k:].flip(1).to(gram.dtype)
-    width = min(k + OVERSAMPLING, hidden)
-    v = gaussian(hidden, width, seed)
+        gram = sum_up(panel.gram() for panel in stream.panels())
+        return row_subspace(gram, k, seed=seed)
+    v = gaussian(hidden, min(k + OVERSAMPLING, hidden), seed)
     for _ in range(power_steps + 1):
-        total: Tensor | None = None
-        for panel in stream.panels():
-            product = panel.transposed_times(panel.times(v, fast=stream.fast), fast=stream.fast)
-            total = product if total is None else total.add_(product)
-        assert total is not None
-        v = orthonormal(total)
+        total = sum_up(panel.left(panel.right(v, fast=stream.fast).T, fast=stream.fast) for panel in stream.panels())
+        v = orthonormal(total.T)
     return v[:, :k]
+
+
+def sum_up(parts: Iterable[Tensor]) -> Tensor:
+    """Add tensors as they come, into the first."""
+    iterator = iter(parts)
+    total = next(iterator)
+    for part in iterator:
+        total.add_(part)
+    return total

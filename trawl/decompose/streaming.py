@@ -93,14 +93,12 @@ class Stream:
         }
 
     def right_products(self, v: Tensor, *, fast: bool = False) -> Tensor:
-        """Return all ``X_s v``, laid out as the (inner, S · k) unfolding: (inner, S, k)."""
-        parts = [panel.times(v, fast=fast and self.fast) for panel in self.panels()]
-        return torch.stack(parts, dim=1)
+        """Return all ``(X_s v)ᵀ``, (S, k, inner); this way round the products run at the rate of square ones."""
+        return torch.stack([panel.right(v, fast=fast and self.fast) for panel in self.panels()])
 
     def left_products(self, u: Tensor, *, fast: bool = False) -> Tensor:
-        """Return all ``X_sᵀ u``, laid out as the (hidden, S · k) unfolding: (hidden, S, k)."""
-        parts = [panel.transposed_times(u, fast=fast and self.fast) for panel in self.panels()]
-        return torch.stack(parts, dim=1)
+        """Return all ``(X_sᵀ u)ᵀ``, (S, k, hidden)."""
+        return torch.stack([panel.left(u, fast=fast and self.fast) for panel in self.panels()])
 
     def residual_squared(self, left: Tensor, middles: Tensor, right: Tensor) -> float:
         """Return Σ_s ‖scale · X_s − left · M_s · rightᵀ‖², subtracted entry by entry; middles are (S, r1, r2)."""
@@ -149,23 +147,13 @@ class Panel:
             block.copy_(stored)
             yield rows, block.mul_(self.scale) if self.scale != 1.0 else block
 
-    def times(self, v: Tensor, *, fast: bool = False) -> Tensor:
-        """Return ``X v``, (inner, k)."""
-        if fast:
-            return self._fast(self.matrix, v)
-        v = self.like(v)
-        if self.direct:
-            return self.matrix @ v
-        return self._along(v) if self.by_rows else self._across(v)
+    def right(self, v: Tensor, *, fast: bool = False) -> Tensor:
+        """Return ``(X v)ᵀ``, (k, inner)."""
+        return self._product(self.matrix.T, v, along=self.by_rows, fast=fast)
 
-    def transposed_times(self, u: Tensor, *, fast: bool = False) -> Tensor:
-        """Return ``Xᵀ u``, (hidden, k)."""
-        if fast:
-            return self._fast(self.matrix.T, u)
-        u = self.like(u)
-        if self.direct:
-            return self.matrix.T @ u
-        return self._across(u) if self.by_rows else self._along(u)
+    def left(self, u: Tensor, *, fast: bool = False) -> Tensor:
+        """Return ``(Xᵀ u)ᵀ``, (k, hidden)."""
+        return self._product(self.matrix, u, along=not self.by_rows, fast=fast)
 
     def gram(self) -> Tensor:
         """Return ``Xᵀ X``, (hidden, hidden)."""
@@ -199,28 +187,26 @@ class Panel:
             total += torch.linalg.vector_norm(difference, dim=1).double().square().sum()
         return float(total)
 
-    def _along(self, v: Tensor) -> Tensor:
-        """Return B v, B the matrix whose rows are the blocks."""
-        product = self.buffer.new_empty(self._lines, v.shape[1])
-        for rows, block in self.blocks():
-            torch.mm(block, v, out=product[rows])
+    def _product(self, matrix: Tensor, operand: Tensor, *, along: bool, fast: bool) -> Tensor:
+        """Return ``operandᵀ matrix``; blocks run ``along`` the columns of the matrix, or along its rows."""
+        if fast:
+            return self._low_precision(matrix, operand)
+        operand = self.like(operand)
+        if self.direct:
+            return operand.T @ matrix
+        if along:
+            product = self.buffer.new_empty(operand.shape[1], matrix.shape[1])
+            for lines, block in self.blocks():
+                torch.mm(operand.T, block.T, out=product[:, lines])
+            return product
+        product = self.buffer.new_zeros(operand.shape[1], matrix.shape[1])
+        for lines, block in self.blocks():
+            product.addmm_(operand[lines].T, block)
         return product
 
-    def _across(self, u: Tensor) -> Tensor:
-        """Return Bᵀ u, B the matrix whose rows are the blocks."""
-        product = self.buffer.new_zeros(self.matrix.numel() // self._lines, u.shape[1])
-        for rows, block in self.blocks():
-            product.addmm_(block.T, u[rows])
-        return product
-
-    @property
-    def _lines(self) -> int:
-        """Rows of the matrix as blocks see it."""
-        return self.matrix.shape[0] if self.by_rows else self.matrix.shape[1]
-
-    def _fast(self, matrix: Tensor, operand: Tensor) -> Tensor:
-        """Multiply in bfloat16, with the processor's bfloat16 products."""
+    def _low_precision(self, matrix: Tensor, operand: Tensor) -> Tensor:
+        """Multiply in bfloat16, for processors with fast bfloat16 products."""
         low = operand.to(dtype=torch.bfloat16, device=matrix.device)
-        if matrix.dtype == torch.bfloat16:
-            return self.like(matrix @ low) * self.scale
-        return self.like((matrix * self.scale).to(torch.bfloat16) @ low)
+        if matrix.dtype == torch.bfloat16 and self.scale == 1.0:
+            return self.like(low.T @ matrix)
+        return self.like(low.T @ (self.like(matrix) * self.scale).to(torch.bfloat16))

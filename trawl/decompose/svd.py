@@ -36,7 +36,7 @@ class SVD:
 
     rank: int
     n_iter_max: int = 50
-    tol: float = 1e-5
+    tol: float = 3e-5
     seed: int = 0
     engine: Engine = "streaming"
     compute: Compute = "float32"
@@ -105,7 +105,7 @@ def truncated_svd(source: SliceSource, method: SVD) -> Factors:
         return Factors(left, right, torch.zeros(1, method.rank, **kind), None, 0.0, 0, True)
     width = hidden if hidden <= EXACT_SIDE else min(method.rank + OVERSAMPLING, hidden)
     if width == hidden:
-        whole = stream.right_products(torch.eye(hidden))[:, 0]  # X itself, upcast and scaled
+        whole = stream.right_products(torch.eye(hidden))[0].T  # X itself, upcast and scaled
         u, sigma, vt = torch.linalg.svd(whole, full_matrices=False)
         v, sweep, converged, error = vt.T, 0, True, _error(sigma[: method.rank], stream.norm_squared)
     else:
@@ -117,16 +117,14 @@ def truncated_svd(source: SliceSource, method: SVD) -> Factors:
     return Factors(u.contiguous(), v.contiguous(), core, None, error, sweep, converged)
 
 
-def _subspace_iteration(
-    stream: Stream, method: SVD, width: int
-) -> tuple[Tensor, Tensor, Tensor, float, int, bool]:
+def _subspace_iteration(stream: Stream, method: SVD, width: int) -> tuple[Tensor, Tensor, Tensor, float, int, bool]:
     """Iterate ``u ← orth(W v), v ← orth(Wᵀ u)`` until the energy of the leading triplets stands still."""
     v = gaussian(stream.shape[2], width, method.seed)
     error, converged, sweep = float("inf"), False, 0
     while sweep < method.n_iter_max and not converged:
         sweep += 1
-        u = orthonormal(stream.right_products(v)[:, 0])
-        z = stream.left_products(u)[:, 0]  # Wᵀ u = v σ rotation
+        u = orthonormal(stream.right_products(v)[0].T)
+        z = stream.left_products(u)[0].T  # Wᵀ u = v σ rotation
         v, sigma, rotation = _thin_svd(z)
         before, error = error, _error(sigma[: method.rank], stream.norm_squared)
         converged = abs(before - error) < method.tol

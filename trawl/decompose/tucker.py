@@ -17,7 +17,7 @@ from trawl.decompose.method import (
     report_cap,
     report_sweep,
 )
-from trawl.decompose.range_finder import hidden_basis, leading_subspace
+from trawl.decompose.range_finder import hidden_basis, orthonormal, row_subspace
 from trawl.decompose.reference import reference_tucker
 from trawl.decompose.source import SliceSource
 from trawl.decompose.streaming import Stream, TransposedSlices
@@ -44,7 +44,7 @@ class Tucker:
 
     rank: int | tuple[int, int, int]
     n_iter_max: int = 50
-    tol: float = 1e-5
+    tol: float = 3e-5
     seed: int = 0
     engine: Engine = "streaming"
     compute: Compute = "float32"
@@ -124,19 +124,23 @@ def _hooi(method: Tucker, stream: Stream, ranks: Shape) -> Factors:
     mixing: Tensor | None = None
     u: Tensor | None = None
     error, converged, sweep = float("inf"), False, 0
+    ahead, push = v, 0.0
     while sweep < method.n_iter_max and not converged:
         sweep += 1
-        y = _mix(stream.right_products(v), mixing)  # (inner, r0 or S, r2)
-        u = leading_subspace(y.flatten(1), r1, u, seed=method.seed)
-        z = stream.left_products(u)  # (hidden, S, r1)
-        v = leading_subspace(_mix(z, mixing).flatten(1), r2, v)
-        core = torch.einsum("hsa,hb->sab", z, v)
+        precise = not EXACT_BELOW < error < 1.0
+        y = _mix(stream.right_products(ahead), mixing)  # (S or r0, r2, inner)
+        u = row_subspace(y.flatten(0, 1), r1, u, precise=precise, seed=method.seed)
+        z = stream.left_products(u)  # (S, r1, hidden)
+        last, v = v, row_subspace(_mix(z, mixing).flatten(0, 1), r2, ahead, precise=precise)
+        core = z @ v  # (S, r1, r2)
         if r0 < stream.shape[0]:
-            mixing = leading_subspace(core.flatten(1), r0)
+            mixing = row_subspace(core.flatten(1).T, r0)
             core = torch.tensordot(mixing.T, core, dims=1)
         before, error = error, _error(core, stream.norm_squared)
-        converged = abs(before - error) < method.tol or _is_exact(ranks, stream.shape)
+        converged = abs(before - error) < method.tol or ranks == stream.shape
         report_sweep("Tucker", sweep, error, before)
+        push = min(MAXP, push + INC) if error < before else 0.0
+        ahead = _extrapolate(last, v, push)
     if not converged:
         report_cap("Tucker", method.n_iter_max, before - error, method.tol)
     assert u is not None
@@ -147,18 +151,27 @@ def _hooi(method: Tucker, stream: Stream, ranks: Shape) -> Factors:
 
 
 def _mix(products: Tensor, mixing: Tensor | None) -> Tensor:
-    """Compress the middle, stack, axis of (n, S, k) products."""
-    return products if mixing is None else torch.einsum("nsk,sa->nak", products, mixing)
+    """Compress the leading, stack, axis of products."""
+    return products if mixing is None else torch.tensordot(mixing.T, products, dims=1)
+
+
+import os
+
+MAXP = float(os.environ.get("MAXP", "0.9"))
+INC = float(os.environ.get("INC", "0.5"))
+
+
+def _extrapolate(last: Tensor, basis: Tensor, push: float) -> Tensor:
+    """Move on from ``basis`` by ``push`` times its way from ``last``, the latter turned to match."""
+    if push == 0.0:
+        return basis
+    turned = last @ (last.T @ basis)
+    return orthonormal(basis + push * (basis - turned))
 
 
 def _error(core: Tensor, norm_squared: float) -> float:
     """Relative error of an orthogonal projection, √(1 − ‖core‖² / ‖T‖²)."""
     return math.sqrt(max(0.0, 1.0 - float(core.double().square().sum()) / norm_squared))
-
-
-def _is_exact(ranks: Shape, shape: Shape) -> bool:
-    """Whether nothing is left to iterate: every mode is kept whole."""
-    return ranks == shape
 
 
 def _zero(stream: Stream, ranks: Shape) -> Factors:

@@ -1,0 +1,22 @@
+"""Factored checkpoints in transformers: modules that multiply by factors, the loading plug-in, and ``load``.
+
+Importing this package registers ``quant_method: trawl``, so that ``AutoModel….from_pretrained`` knows such folders.
+"""
+
+from trawl.hf.install import install
+from trawl.hf.linear import FactoredLinear, FactorStack
+from trawl.hf.load import check_folder, load
+from trawl.hf.quantizer import TrawlConfig, TrawlQuantizer, register
+
+__all__ = [
+    "FactorStack",
+    "FactoredLinear",
+    "TrawlConfig",
+    "TrawlQuantizer",
+    "check_folder",
+    "install",
+    "load",
+    "register",
+]
+
+register()

@@ -1,0 +1,307 @@
+"""Modules that multiply by factors: one FactorStack per stack, one FactoredLinear per replaced linear module."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trawl.descriptor import EMPTY, DescribedStack
+from trawl.errors import ShapeError
+from trawl.factors import Factors
+from trawl.views import View, parse, solve
+
+NEVER = 1 << 62  # a number of tokens that no batch has
+
+
+def version_of(x: Tensor) -> int:
+    """Return a number that every change of a tensor in place raises."""
+    return x._version  # noqa: SLF001 (torch has no public name for it)
+
+
+class SharedProduct:
+    """The last first product of a stack, for the other slices that are given the same input.
+
+    It is found by the identity and version of the input, which it does not keep alive, and is handed to each reader
+    once: a reader that asks again is in a new pass, in which factors may have changed. Copies and pickles are empty.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Tensor], int, Tensor, set[object]] | None = None
+
+    def get(self, x: Tensor, reader: object) -> Tensor | None:
+        """Return the product of ``x`` that another reader has left."""
+        last = self._last  # one read: another thread may replace it at any time
+        if last is None or last[0]() is not x or last[1] != version_of(x) or reader in last[3]:
+            return None
+        last[3].add(reader)
+        return last[2]
+
+    def put(self, x: Tensor, reader: object, product: Tensor) -> None:
+        """Leave the product of ``x`` for other readers; it goes when ``x`` does."""
+        self._last = weakref.ref(x, self._forget), version_of(x), product, {reader}
+
+    def _forget(self, reference: weakref.ref[Tensor]) -> None:
+        """Drop the product of an input that is gone."""
+        if (last := self._last) is not None and last[0] is reference:
+            self._last = None
+
+    def __reduce__(self) -> tuple[type[SharedProduct], tuple[()]]:
+        return SharedProduct, ()
+
+
+class FactorStack(nn.Module):
+    """The factors of one stack, each a parameter: left, right, core, and stack where the stack mode is compressed.
+
+    Attributes:
+        description: what the checkpoint says about the stack.
+    """
+
+    left: nn.Parameter
+    right: nn.Parameter
+    core: nn.Parameter
+    stack: nn.Parameter | None
+
+    def __init__(self, description: DescribedStack, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.description = description
+        for factor, shape in description.factor_shapes.items():
+            self.register_parameter(factor, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        if not description.stack_factor:
+            self.register_parameter("stack", None)
+        self.of_hidden, self.of_inner = SharedProduct(), SharedProduct()
+
+    def middle(self, index: int) -> Tensor:
+        """Return M of one slice, (r,) or (r1, r2)."""
+        if self.stack is None:
+            return self.core[index]
+        mixed: Tensor = torch.tensordot(self.stack[index], self.core, dims=1)
+        return mixed
+
+    def matrix(self, index: int) -> Tensor:
+        """Multiply out one slice in float32 or wider, (inner, hidden), detached, rounded once to the factors' dtype."""
+        dtype = torch.promote_types(self.left.dtype, torch.float32)
+        left, right = self.left.detach().to(dtype), self.right.detach().to(dtype)
+        mixing = None if self.stack is None else self.stack.detach()[index, None].to(dtype)  # (1, A)
+        core = self.core.detach() if mixing is not None else self.core.detach()[index, None]
+        return Factors(left, right, core.to(dtype), mixing).slice(0).to(self.left.dtype)
+
+    def first_product(self, x: Tensor, *, of_hidden: bool, reader: object) -> Tensor:
+        """Return ``x · right`` (of_hidden) or ``x · left``, shared between the slices that are given the same ``x``.
+
+        Under torch.compile common subexpressions are found by the compiler. Nothing is shared where gradients are
+        recorded, because that would keep the graph alive, or for inference tensors, whose changes cannot be seen.
+        """
+        factor = self.right if of_hidden else self.left
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+            return x @ factor
+        shared = self.of_hidden if of_hidden else self.of_inner
+        product = shared.get(x, reader)
+        if product is None:
+            product = x @ factor
+            shared.put(x, reader, product)
+        return product
+
+    def extra_repr(self) -> str:
+        """Return the stack's name, shape and ranks."""
+        return f"{self.description.name}, shape={self.description.shape}, rank={self.description.rank}"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a slice's outputs stand among those of the module.
+
+    Attributes:
+        sizes: the output axis of the slice, split into its named axes, in canonical order.
+        order: permutation that brings them into stored order.
+        axis: the stored one that is narrowed, 0 where none is.
+        start: where the slice begins on it.
+    """
+
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    axis: int
+    start: int
+
+    @property
+    def plain(self) -> bool:
+        """Whether the slice's outputs are in stored order already."""
+        return self.order == tuple(range(len(self.order)))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One slice of a module: which factors, read from which side, and where its outputs go.
+
+    Attributes:
+        stack: the factors, which another module owns.
+        index: the slice in the stack mode.
+        view: from the stored tensor to the slice.
+        of_hidden: whether the module's input is the residual stream (q, k, v, gate, up) or the inner axis (o, down).
+        placement: where the outputs go.
+        fold_from: number of input rows from which one factor is multiplied with the core first.
+        fold_last: whether that factor is the last one.
+    """
+
+    stack: FactorStack
+    index: int
+    view: View
+    of_hidden: bool
+    placement: Placement
+    fold_from: int
+    fold_last: bool
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x · W`` for the slice in its direction, plus a bias, in the cheapest order of the factors.
+
+        Args:
+            x: (..., in).
+            bias: (out,) or None.
+        Returns: (..., out), in canonical order.
+        Cost: x times in · r + r · r' + r' · out operations a row, of which the first product is shared.
+        """
+        stack = self.stack
+        middle = stack.middle(self.index)
+        last = stack.left if self.of_hidden else stack.right
+        if middle.dim() == 1:
+            product = stack.first_product(x, of_hidden=self.of_hidden, reader=self)
+            return functional.linear(product * middle, last, bias)
+        if self.of_hidden:
+            middle = middle.T  # (r of the input's side, r of the output's side)
+        if x.numel() >= self.fold_from * x.shape[-1]:
+            if self.fold_last:
+                product = stack.first_product(x, of_hidden=self.of_hidden, reader=self)
+                return functional.linear(product, last @ middle.T, bias)
+            first = stack.right if self.of_hidden else stack.left
+            return functional.linear(x @ (first @ middle), last, bias)
+        product = stack.first_product(x, of_hidden=self.of_hidden, reader=self)
+        return functional.linear(product @ middle, last, bias)
+
+
+def make_part(stack: FactorStack, index: int, out_axis: int) -> Part:
+    """Work out how one slice is multiplied through.
+
+    Args:
+        stack: its factors, on any device.
+        index: the slice in the stack mode.
+        out_axis: the stored axis that is the module's output: 0 for nn.Linear, 1 for Conv1D.
+    Returns: the part.
+    Raises: ShapeError: the view narrows or reorders the module's input axis, through which factors cannot multiply.
+    """
+    described = stack.description.slices[index]
+    view, shape = described.view, described.stored_shape
+    stored, canonical = parse(view.stored), parse(view.canonical)
+    outputs, inputs = stored[out_axis], stored[1 - out_axis]
+    of_hidden = set(canonical[0]) == set(outputs)
+    if inputs != canonical[1 if of_hidden else 0] or any(axis in inputs for axis, _, _ in view.take):
+        raise ShapeError(f"view '{view}' narrows or reorders the input axis ({' '.join(inputs)}) of the module")
+    sizes = solve(stored, shape, dict(view.sizes), "tensor")
+    taken = {axis: (start, stop) for axis, start, stop in view.take}
+    sizes |= {axis: stop - start for axis, (start, stop) in taken.items()}
+    names = canonical[0 if of_hidden else 1]
+    axis = next((outputs.index(name) for name in taken), 0)
+    placement = Placement(
+        sizes=tuple(sizes[name] for name in names),
+        order=tuple(names.index(name) for name in outputs),
+        axis=axis,
+        start=taken.get(outputs[axis], (0, 0))[0],
+    )
+    (_, inner, hidden), (_, r1, r2) = stack.description.shape, stack.description.rank
+    fold_from, fold_last = cheapest_order(*((hidden, r2, r1, inner) if of_hidden else (inner, r1, r2, hidden)))
+    return Part(stack, index, view, of_hidden, placement, fold_from, fold_last)
+
+
+def cheapest_order(width_in: int, first: int, last: int, width_out: int) -> tuple[int, bool]:
+    """Return from how many rows it pays to multiply the core into a factor before the input, and into which.
+
+    Per row, input · (in, first) · (first, last) · (last, out) is multiplied left to right. Folding the core into a
+    factor costs in · first · last or first · last · out once and saves operations in every row where ranks differ. A
+    factor is folded only while it stays at most half as large as the dense matrix.
+
+    Returns: the number of rows, and whether the core goes into the last factor.
+    """
+    candidates = []
+    for fold_last, once, saved, allowed in (
+        (True, first * last * width_out, first * last + last * width_out - first * width_out, 2 * first <= width_in),
+        (False, width_in * first * last, first * last + width_in * first - width_in * last, 2 * last <= width_out),
+    ):
+        if saved > 0 and allowed:
+            candidates.append((math.ceil(once / saved), fold_last))
+    return min(candidates, default=(NEVER, False))
+
+
+class FactoredLinear(nn.Module):
+    """Stands in for nn.Linear or Conv1D, its matrix given by slices of one or several stacks.
+
+    The factors belong to FactorStack modules elsewhere in the model, so that a state dict holds each of them once.
+    Under the name ``weight`` the module holds an empty parameter, as the checkpoint does; the attribute ``weight`` is
+    the matrix multiplied out, computed at every read, for code that looks at its shape, dtype, device or values.
+
+    Attributes:
+        in_features: size of the input's last axis.
+        out_features: size of the output's last axis.
+        parts: the slices, in the order of their outputs.
+        loading: while true, ``weight`` is the empty parameter itself, as code that loads a checkpoint expects.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: Sequence[Part], out_axis: int, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.parts = tuple(sorted(parts, key=lambda part: part.placement.start))
+        first = self.parts[0]
+        self.out_axis = out_axis
+        self.stored_shape = first.stack.description.slices[first.index].stored_shape
+        self.out_features, self.in_features = self.stored_shape[out_axis], self.stored_shape[1 - out_axis]
+        self.single = len(self.parts) == 1 and first.placement.plain
+        self.loading = False
+        like = first.stack.left
+        self._parameters["weight"] = nn.Parameter(torch.empty(EMPTY, dtype=like.dtype, device=like.device))
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x Wᵀ`` (nn.Linear) or ``x W`` (Conv1D), plus the bias, without forming W."""
+        if self.single:
+            return self.parts[0].multiply(x, self.bias)
+        joined = self._join([part.multiply(x, None) for part in self.parts])
+        return joined if self.bias is None else joined + self.bias
+
+    def _join(self, outputs: list[Tensor]) -> Tensor:
+        """Bring the slices' outputs into the order of the stored tensor's."""
+        batch = outputs[0].shape[:-1]
+        count = len(batch)
+        ordered = []
+        for part, output in zip(self.parts, outputs, strict=True):
+            split = output.reshape(*batch, *part.placement.sizes)
+            ordered.append(split.permute(*range(count), *(count + axis for axis in part.placement.order)))
+        joined = torch.cat(ordered, dim=count + self.parts[0].placement.axis)
+        return joined.reshape(*batch, self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix in its stored shape, multiplied out and detached; writing into it changes nothing."""
+        if self.loading:
+            return self._parameters["weight"]  # type: ignore[return-value]
+        like = self.parts[0].stack.left
+        out = torch.empty(self.stored_shape, dtype=like.dtype, device=like.device)
+        for part in self.parts:
+            part.view.scatter(part.stack.matrix(part.index), out)
+        return out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and tuple(getattr(value, "shape", ())) != EMPTY:
+            raise AttributeError("the weight of a factored module is computed from its factors; change those instead")
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """Return the sizes and the stacks."""
+        stacks = ", ".join(dict.fromkeys(part.stack.description.name for part in self.parts))
+        return f"in_features={self.in_features}, out_features={self.out_features}, stacks={stacks}"

@@ -1,0 +1,94 @@
+"""Loading a checkpoint, factored or dense, checked from its headers before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+from trawl.checkpoint import read_json, shard_names
+from trawl.descriptor import METHOD, Descriptor
+from trawl.descriptor_reader import parse_descriptor
+from trawl.errors import CheckpointError, LoadError
+from trawl.hf.quantizer import read_tensors
+
+HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def load(path: str | Path, auto_class: Any = None, **arguments: Any) -> PreTrainedModel:
+    """Load a model from a checkpoint that trawl or anyone else wrote.
+
+        model = trawl.load("out", dtype=torch.bfloat16, device_map="cpu")
+
+    Args:
+        path: a local folder, factored or dense, or a hub id.
+        auto_class: the class to load with, or its name in transformers, such as ``AutoModelForMaskedLM``; by default
+            the one that config.json names under ``architectures``.
+        arguments: passed to ``from_pretrained``.
+    Returns: the model in evaluation mode, with FactoredLinear modules where it is factored.
+    Raises: LoadError: the folder is incomplete, its shards, config.json and descriptor contradict each other, or the
+        described stacks do not fit the model; never is a partly loaded model returned.
+    Cost: memory of the stored tensors; a replaced matrix is never formed.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        check_folder(folder)
+        return _model_class(_architectures(folder), auto_class).from_pretrained(folder, **arguments)
+    if folder.is_absolute() or len(folder.parts) > 2:
+        raise LoadError(f"no such folder: {folder}; expected a checkpoint folder, or a hub id of the form org/name")
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+    config = AutoConfig.from_pretrained(str(path), **{name: arguments[name] for name in names if name in arguments})
+    return _model_class(config.architectures, auto_class).from_pretrained(str(path), **arguments)
+
+
+def check_folder(folder: Path) -> Descriptor | None:
+    """Check a checkpoint folder from its headers alone.
+
+    Args:
+        folder: holds config.json and safetensors shards.
+    Returns: its descriptor; None for a dense checkpoint.
+    Raises: LoadError: a shard is missing or truncated, or the descriptor contradicts itself or the shards.
+    Cost: reads config.json, the index and the shard headers.
+    """
+    try:
+        config = read_json(folder / "config.json", "model configuration")
+        files = [folder / name for name in shard_names(folder)]
+    except (CheckpointError, OSError) as e:
+        raise LoadError(str(e)) from e
+    tensors = read_tensors(files)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == METHOD:
+        descriptor = parse_descriptor(quantization, str(folder / "config.json"))
+        descriptor.check_tensors(tensors, str(folder))
+        return descriptor
+    if stray := next((name for name in tensors if f".{METHOD}." in name), None):
+        raise LoadError(
+            f"{folder} holds the factor {stray}, but its config.json has no quantization_config of quant_method "
+            f"{METHOD}; restore the config.json that was written with it"
+        )
+    return None
+
+
+def _architectures(folder: Path) -> list[str] | None:
+    """Return what config.json says under architectures."""
+    found = read_json(folder / "config.json", "model configuration").get("architectures")
+    return found if isinstance(found, list) else None
+
+
+def _model_class(architectures: list[str] | None, auto_class: Any) -> Any:
+    """Return the class to load with."""
+    if auto_class is not None and not isinstance(auto_class, str):
+        return auto_class
+    name = auto_class or (str(architectures[0]) if architectures else None)
+    if name is None:
+        raise LoadError("config.json names no architectures; pass auto_class, such as AutoModelForCausalLM")
+    if (found := getattr(transformers, name, None)) is not None:
+        return found
+    if auto_class is not None:
+        raise LoadError(f"transformers {transformers.__version__} has no class {auto_class}")
+    head = next((head for head in HEADS if name.endswith(head)), "")
+    return getattr(
+        transformers, f"AutoModel{head}"
+    )  # an architecture of remote code: its auto_map is on the Auto class
