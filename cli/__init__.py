@@ -11,6 +11,7 @@ import traceback
 import rich_click as click
 
 from .compress import compress
+from .densify import densify
 from .diff import diff
 from .inspect import inspect
 from .plan import plan
@@ -29,7 +30,7 @@ def trawl() -> None:
     """
 
 
-for command in (inspect, plan, compress, diff):
+for command in (inspect, plan, compress, densify, diff):
     trawl.add_command(command)
 
 

@@ -36,7 +36,7 @@ def compress(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Decompose the selected weights and write a checkpoint that loads like the original.
+    """Decompose the selected weights and write a denoised (dense) or compressed (factored) checkpoint.
 
     Example: trawl compress HuggingFaceTB/SmolLM2-135M-Instruct --rank 8 --layers 28 --roles fc --group-layers 1
     """
@@ -92,4 +92,6 @@ def print_report(report: Report) -> None:
     print_table("stacks", columns, rows)
     if report.weak_stacks:
         click.echo(f"warning: {weak_warning(report)}")
+    rounding = max(stack.rounding_error for stack in report.stacks)
+    click.echo(f"rounding to the stored dtype moved no stack by more than {rounding:.1e} of its norm")
     click.echo(f"wrote {report.out} in {report.seconds:.1f} s")

@@ -44,12 +44,12 @@ def inspect(
 def show_summary(model: str, revision: str | None, family_file: Path | None, as_json: bool) -> None:
     """Print what the headers tell."""
     from trawl.hub import open_checkpoint
-    from trawl.planning import describe, match_checkpoint
+    from trawl.planning import match_checkpoint, summarize
 
     from .console import human_bytes, print_json, print_table, times
 
     checkpoint = open_checkpoint(model, revision, weights=False)
-    summary = describe(checkpoint, match_checkpoint(checkpoint, family_file))
+    summary = summarize(checkpoint, match_checkpoint(checkpoint, family_file))
     if as_json:
         print_json(summary)
         return

@@ -27,6 +27,10 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Layers in one stack; 1 is layer by layer, the paper's best for denoising.  [default: all]",
     ),
     click.option("--write", metavar="dense|factored", help="Form of the output.  [default: dense]"),
+    click.option(
+        "--factor-dtype", metavar="float32|float16|bfloat16", help="Of stored factors.  [default: the source's]"
+    ),
+    click.option("--allow-larger", is_flag=True, default=None, help="Factor above the break-even rank."),
     click.option("--seed", type=int, help="Seed of every random choice.  [default: 0]"),
     click.option("--n-iter-max", type=int, help="Cap on sweeps.  [default: the method's own]"),
     click.option("--tol", type=float, help="Change of fit under which sweeps stop.  [default: the method's own]"),

@@ -73,6 +73,10 @@ def print_plan(planned: Plan) -> None:
     for note in (*planned.match.assumed, *planned.notes):
         click.echo(f"note: {note}")
     click.echo(
+        f"parameters {planned.checkpoint.parameters:,} -> {planned.output_parameters:,}; "
+        f"shards {planned.checkpoint.nbytes:,} -> {planned.output_bytes:,} bytes"
+    )
+    click.echo(
         f"output {human_bytes(planned.output_bytes)} in {len(planned.checkpoint.shards)} shards, "
         f"{len(planned.changed_tensors)} of {len(planned.checkpoint.tensors)} tensors changed; "
         f"work files {human_bytes(planned.work_bytes)}; memory about {human_bytes(planned.memory)}; "

@@ -1,15 +1,52 @@
 """TRAWL: shrink or denoise trained transformer checkpoints by tensor decomposition, without retraining."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from trawl.decompose import CP, SVD, Tucker, decompose
+from trawl.densifying import densify
 from trawl.errors import TrawlError
 from trawl.factors import Factors
 from trawl.pipeline import compress, plan
 from trawl.planning import Plan
 from trawl.recipe import Recipe
 from trawl.records import Report
+from trawl.registration import register_when_needed
+
+if TYPE_CHECKING:
+    from trawl.hf.apply import apply
+    from trawl.hf.load import load
+
+__all__ = [
+    "CP",
+    "SVD",
+    "Factors",
+    "Plan",
+    "Recipe",
+    "Report",
+    "TrawlError",
+    "Tucker",
+    "apply",
+    "compress",
+    "decompose",
+    "densify",
+    "load",
+    "plan",
+]
 
 __version__ = version("trawl-llm")
 
-__all__ = ["CP", "SVD", "Factors", "Plan", "Recipe", "Report", "TrawlError", "Tucker", "compress", "decompose", "plan"]
+register_when_needed()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers' model code when it is first asked for."""
+    if name == "load":
+        from trawl.hf.load import load  # noqa: PLC0415 (seconds that plan and compress need not pay)
+
+        return load
+    if name == "apply":
+        from trawl.hf.apply import apply  # noqa: PLC0415 (likewise)
+
+        return apply
+    raise AttributeError(f"module 'trawl' has no attribute {name!r}")

@@ -96,6 +96,12 @@ class Shard:
     tensors: tuple[TensorInfo, ...]
     nbytes: int
 
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The header's free metadata, such as ``{"format": "pt"}``."""
+        found = json.loads(self.header[8:]).get("__metadata__", {}) if self.header else {}
+        return found if isinstance(found, dict) else {}
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -195,13 +201,14 @@ class Checkpoint:
         return tuple(found)
 
 
-def open_folder(folder: Path, *, origin: str = "", revision: str | None = None) -> Checkpoint:
+def open_folder(folder: Path, *, origin: str = "", revision: str | None = None, factored: bool = False) -> Checkpoint:
     """Open a local checkpoint folder from its headers alone.
 
     Args:
         folder: holds config.json and ``model.safetensors`` or an index with its shards.
         origin: what to call it in messages and records; the folder itself by default.
         revision: commit hash, where the folder is a hub snapshot.
+        factored: whether a checkpoint that trawl factored is expected, in place of a dense one.
     Returns: the checkpoint; no weights are read.
     Raises: CheckpointError: something is missing, truncated, pickled, quantized, or contradicts itself.
     Cost: reads config.json, the index and the shard headers.
@@ -209,7 +216,7 @@ def open_folder(folder: Path, *, origin: str = "", revision: str | None = None) 
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected a checkpoint folder, a hub id, or a .gguf file")
     config = read_json(folder / "config.json", "model configuration")
-    refuse_quantized(config, folder)
+    refuse_quantized(config, folder, factored=factored)
     shards = tuple(read_shard(folder / name) for name in shard_names(folder))
     checkpoint = Checkpoint(folder, config, shards, revision, origin or str(folder))
     check_index(checkpoint)
@@ -229,14 +236,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
+def refuse_quantized(config: Mapping[str, Any], folder: Path, *, factored: bool = False) -> None:
     """Raise for a checkpoint whose weights are packed: there is no plain matrix to decompose."""
     quantization = config.get("quantization_config") or config.get("compression_config")
     if not quantization:
         return
     method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    if method == "trawl" and factored:
+        return
     if method == "trawl":
-        raise CheckpointError(f"{folder} is already factored by trawl; start from the dense checkpoint it was made of")
+        raise CheckpointError(
+            f"{folder} is factored by trawl already; start from the dense checkpoint it was made of, "
+            f"or make it dense again: trawl densify {folder}"
+        )
     raise CheckpointError(
         f"{folder / 'config.json'}: the weights are quantized (quant_method {method!r}); expected float weights. "
         "Start from the unquantized checkpoint, or de-quantize it with transformers first"

@@ -183,5 +183,5 @@ def _shown(value: object) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
-        text = f"a {type(value).__name__} too large to show"
+        text = f"of type {type(value).__name__} and too large to show"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -126,6 +126,23 @@ class Factors:
         moved = {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.tensors().items()}
         return replace(self, **moved)  # type: ignore[arg-type]
 
+    def balanced(self) -> Factors:
+        """Return the same factors with entries of like magnitude, so that a narrow dtype holds all of them.
+
+        Columns of left and right and the core are multiplied by powers of two whose product is 1: every slice keeps
+        its value to the last bit.
+        """
+        axes = (0,) if self.core.dim() == 2 else None
+        left, right, core = (_exponents(part, axes) for part in (self.left, self.right, self.core))
+        mean = torch.floor((left + right + core) / 3)
+        down, across = mean - left, mean - right
+        return replace(
+            self,
+            left=torch.ldexp(self.left, down),
+            right=torch.ldexp(self.right, across),
+            core=torch.ldexp(self.core, -down - across),
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors by name: left, right, core, and stack where the stack mode is compressed."""
         parts = {"left": self.left, "right": self.right, "core": self.core}
@@ -183,3 +200,9 @@ class Factors:
         except (KeyError, ShapeError) as e:
             raise LoadError(f"{path} does not hold one set of factors: {e}; delete it and decompose again") from e
         return factors, header["metadata"]
+
+
+def _exponents(part: Tensor, axes: tuple[int, ...] | None) -> Tensor:
+    """Return the binary exponent of the largest magnitude, per column or, without axes, of the whole; 0 for zeros."""
+    largest = part.abs().amax(axes) if axes else part.abs().amax()
+    return torch.frexp(largest)[1].to(part.dtype)

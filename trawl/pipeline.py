@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from trawl.hub import open_checkpoint
 from trawl.observers import Observer, silent
 from trawl.planning import Plan, PlannedStack, make_plan
 from trawl.recipe import Recipe
-from trawl.records import Report, StackReport, read_report, write_records
+from trawl.records import Report, StackReport, read_report, write_index, write_json, write_records
 from trawl.shards import copy_file, sealed
 from trawl.stacking import Stack, StoredSlices, scan
 from trawl.workspace import Workspace
-from trawl.writing import DenseWriter, SquaredErrors
+from trawl.writing import Advance, DenseWriter, FactoredWriter, SquaredErrors
 
 LOG = logging.getLogger("trawl")
 
@@ -55,7 +56,7 @@ def compress(
     device: str = "auto",
     observer: Observer = silent,
 ) -> Report:
-    """Decompose a checkpoint's stacks and write the denoised checkpoint.
+    """Decompose a checkpoint's stacks and write the denoised or the factored checkpoint.
 
     Args:
         model: a local folder, a hub id, or a ``.gguf`` file; never written to.
@@ -89,6 +90,7 @@ def compress(
         seconds = decompose_stacks(planned, workspace, absmax, where, observer)
         errors = write_shards(planned, workspace, absmax, observer)
         copy_side_files(checkpoint, workspace.staged)
+        write_factored_config(planned, workspace.staged)
         reports = tuple(_report(stack, workspace, errors, seconds) for stack in planned.stacks)
         report = Report(workspace.out, reports, time.perf_counter() - started)
         write_records(planned, report, identity, workspace.staged)
@@ -170,7 +172,7 @@ def decompose_stacks(
         started = time.perf_counter()
         source = _observed(planned, item, absmax[item.stack.name], device, observer)
         factors = planned.method.decompose(source).to(device="cpu")
-        factors.save(path, {"stack": item.to_json()})
+        factors.balanced().save(path, {"stack": item.to_json()})
         seconds[item.stack.name] = time.perf_counter() - started
     return seconds
 
@@ -200,17 +202,21 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
     A shard's squared errors are sealed beside the factor files right after it, so that a resumed run keeps both or
     makes both again.
     """
-    loaded: dict[str, Factors] = {}
 
+    @lru_cache(maxsize=1)  # shards hold stacks in runs
     def factors(name: str) -> Factors:
-        if name not in loaded:
-            loaded.clear()  # shards hold stacks in runs; one at a time is enough
-            loaded[name] = Factors.load(workspace.factors / f"{name}.safetensors")[0]
-        return loaded[name]
+        return Factors.load(workspace.factors / f"{name}.safetensors")[0]
 
+    stacks = tuple(item.stack for item in planned.stacks)
     checkpoint = planned.checkpoint
-    writer = DenseWriter(checkpoint, tuple(item.stack for item in planned.stacks), factors, absmax)
-    total, done = checkpoint.nbytes, 0
+    jobs: list[tuple[str, int, Callable[[Path, Advance], SquaredErrors]]]
+    if planned.descriptor:
+        compressed = FactoredWriter(checkpoint, planned.descriptor, stacks, factors, absmax)
+        jobs = [(layout.name, layout.nbytes, partial(compressed.write, layout)) for layout in planned.layouts]
+    else:
+        denoised = DenseWriter(checkpoint, stacks, factors, absmax)
+        jobs = [(shard.name, shard.nbytes, partial(denoised.write, shard)) for shard in checkpoint.shards]
+    total, done = planned.output_bytes, 0
     errors = SquaredErrors()
 
     def advance(count: int) -> None:
@@ -218,18 +224,27 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
         done += count
         observer("writing", done, total)
 
-    for shard in checkpoint.shards:
-        record = workspace.factors / f"{shard.name}.errors.json"
-        target = workspace.staged / shard.name
+    for name, nbytes, write in jobs:
+        record = workspace.factors / f"{name}.errors.json"
+        target = workspace.staged / name
         if target.exists() and record.exists():
-            part = SquaredErrors(**json.loads(record.read_bytes()))
-            advance(shard.nbytes)
+            part = SquaredErrors.from_json(json.loads(record.read_bytes()))
+            advance(nbytes)
         else:
-            part = writer.write(shard, target, advance)
+            part = write(target, advance)
             with sealed(record) as file:
-                file.write(json.dumps({"error": part.error, "norm": part.norm}).encode())
-        errors.add(part)
+                file.write(json.dumps(part.to_json()).encode())
+        errors.merge(part)
     return errors
+
+
+def write_factored_config(planned: Plan, staged: Path) -> None:
+    """Replace the copied config.json and index by those of a factored checkpoint."""
+    if planned.descriptor is None:
+        return
+    config = {**planned.checkpoint.config, "quantization_config": planned.descriptor.to_json()}
+    write_json(staged / "config.json", config)
+    write_index(planned.checkpoint.folder, planned.layouts, staged)
 
 
 def copy_side_files(checkpoint: Checkpoint, staged: Path) -> None:
@@ -259,6 +274,7 @@ def _report(
         shape=item.stack.shape,
         rank=item.rank,
         relative_error=error,
+        rounding_error=errors.relative_rounding(item.stack.name),
         parameters_before=item.stack.parameters,
         parameters_after=item.parameters_after,
         iterations=factors.iterations,

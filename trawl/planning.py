@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trawl.checkpoint import Checkpoint
 from trawl.decompose import Method
-from trawl.errors import PlanError
+from trawl.descriptor import Descriptor, describe, describe_stack
+from trawl.errors import RankError
 from trawl.families import ATTENTION, FamilyMatch, Placement, match_family
+from trawl.layout import ShardLayout, factored_layout
 from trawl.recipe import Recipe
 from trawl.stacking import Stack, make_stacks
 
 WRITE_BLOCK_BYTES = 64 << 20  # scratch of the writing loop, see trawl.writing
+FACTOR_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 RUNTIME_BYTES = 350 << 20  # an interpreter with torch and transformers imported
 
 
@@ -61,6 +65,12 @@ class Plan:
     method: Method
     stacks: tuple[PlannedStack, ...]
     notes: tuple[str, ...]
+    descriptor: Descriptor | None = None  # of a factored output
+
+    @cached_property
+    def layouts(self) -> tuple[ShardLayout, ...]:
+        """Shards of a factored output."""
+        return factored_layout(self.checkpoint, self.descriptor) if self.descriptor else ()
 
     @property
     def changed_tensors(self) -> tuple[str, ...]:
@@ -69,8 +79,15 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the output's shards; dense output keeps every shape and dtype."""
-        return self.checkpoint.nbytes
+        """Bytes of the output's shards, exactly; dense output keeps every shape and dtype."""
+        return sum(layout.nbytes for layout in self.layouts) if self.descriptor else self.checkpoint.nbytes
+
+    @property
+    def output_parameters(self) -> int:
+        """Entries of the output's tensors."""
+        before = sum(item.stack.parameters for item in self.stacks)
+        after = sum(item.parameters_after for item in self.stacks)
+        return self.checkpoint.parameters + (after - before if self.descriptor else 0)
 
     @property
     def work_bytes(self) -> int:
@@ -81,7 +98,8 @@ class Plan:
     def memory(self) -> int:
         """Estimated peak of the process's own memory, in bytes."""
         tensors = self.checkpoint.tensors
-        written = max((tensors[name].nbytes for name in self.changed_tensors), default=0)
+        names = () if self.descriptor else self.changed_tensors
+        written = max((tensors[name].nbytes for name in names), default=0)
         working = max((planned.memory for planned in self.stacks), default=0)
         return RUNTIME_BYTES + max(working, written + WRITE_BLOCK_BYTES)
 
@@ -99,6 +117,9 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "stacks": [planned.to_json() for planned in self.stacks],
             "notes": list(self.notes),
+            "parameters_before": self.checkpoint.parameters,
+            "parameters_after": self.output_parameters,
+            "source_bytes": self.checkpoint.nbytes,
             "output_bytes": self.output_bytes,
             "memory_bytes": self.memory,
             "gigaflops": round(self.flops / 1e9, 3),
@@ -127,11 +148,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, family_file: Path | None =
         family_file: a YAML family description to use in place of the built-in ones.
     Returns: stacks, ranks, parameter counts, bytes and estimates.
     Raises: FamilyError: the checkpoint's family is unknown. PlanError: the recipe selects what the model does not
-        have. RankError: the rank is outside what the method allows for a stack.
+        have, or a factored output cannot hold it. RankError: the rank is outside what the method allows for a stack,
+        or above the break-even of a factored output.
     Cost: time and memory in the number of tensors, not in their size.
     """
-    if recipe.write == "factored":
-        raise PlanError("--write factored is not available in this version; use --write dense")
     match = match_checkpoint(checkpoint, family_file)
     method = recipe.decomposition()
     layers = recipe.selected_layers(match.layers)
@@ -149,7 +169,46 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, family_file: Path | None =
                 method.working_set(stack.shape),
             )
         )
-    return Plan(checkpoint, match, recipe, method, tuple(planned), tuple(_notes(chosen)))
+    descriptor = _describe(checkpoint, recipe, planned) if recipe.write == "factored" else None
+    return Plan(checkpoint, match, recipe, method, tuple(planned), tuple(_notes(chosen)), descriptor)
+
+
+def _describe(checkpoint: Checkpoint, recipe: Recipe, planned: list[PlannedStack]) -> Descriptor:
+    """Describe what a factored output will hold, or refuse one that would be larger than it was."""
+    described = []
+    for item in planned:
+        stack = item.stack
+        if item.parameters_after > stack.parameters and not recipe.allow_larger:
+            raise RankError(
+                f"stack {stack.name}: at rank {recipe.rank} its factors hold {item.parameters_after:,} parameters, its "
+                f"matrices {stack.parameters:,}; {break_even(recipe, stack)}, or pass --allow-larger"
+            )
+        described.append(
+            describe_stack(
+                stack,
+                item.rank,
+                "full" if recipe.method == "tucker" else "diagonal",
+                tensors=checkpoint.tensors,
+                stack_factor=item.rank[0] < stack.shape[0],
+                dtype=FACTOR_DTYPES[recipe.factor_dtype] if recipe.factor_dtype else None,
+            )
+        )
+    return describe(described)
+
+
+def break_even(recipe: Recipe, stack: Stack) -> str:
+    """Say up to which rank a stack's factors are smaller than its matrices."""
+    if not isinstance(recipe.rank, int):
+        return "lower the ranks"
+    low, high = 0, min(stack.shape[1:])
+    while low < high:
+        middle = (low + high + 1) // 2
+        method = recipe.model_copy(update={"rank": middle}).decomposition()
+        if method.parameters(stack.shape) <= stack.parameters:
+            low = middle
+        else:
+            high = middle - 1
+    return f"use a rank up to {low}, the break-even"
 
 
 def _notes(chosen: list[Placement]) -> list[str]:
@@ -164,7 +223,7 @@ def _notes(chosen: list[Placement]) -> list[str]:
     return [f"attention roles of unequal shape stack apart (grouped-query attention): {parts}"]
 
 
-def describe(checkpoint: Checkpoint, match: FamilyMatch) -> dict[str, Any]:
+def summarize(checkpoint: Checkpoint, match: FamilyMatch) -> dict[str, Any]:
     """Summarise a checkpoint as JSON-able values: family, roles, shapes, parameters, stackable groups.
 
     Args:

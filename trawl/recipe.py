@@ -27,7 +27,9 @@ class Recipe(BaseModel):
         layers: ``"all"`` or a list such as ``"20-30,35"``, counted from 0.
         roles: ``"fc"``, ``"attn"``, ``"all"``, or a comma-separated list of q, k, v, o, gate, up, down.
         group_layers: layers stacked together: ``"all"`` or how many consecutive selected layers; 1 is layer by layer.
-        write: ``"dense"`` (same tensors and shapes).
+        write: ``"dense"`` (same tensors and shapes) or ``"factored"`` (factors in place of matrices).
+        factor_dtype: of stored factors; None takes the source's.
+        allow_larger: whether a stack may be factored into more parameters than its matrices have.
         seed: of every random choice.
         n_iter_max: cap on sweeps; None takes the method's own.
         tol: change of fit under which sweeps stop; None takes the method's own.
@@ -42,6 +44,8 @@ class Recipe(BaseModel):
     roles: str = "all"
     group_layers: Literal["all"] | int = "all"
     write: Literal["dense", "factored"] = "dense"
+    factor_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    allow_larger: bool = False
     seed: int = Field(default=0, ge=0)
     n_iter_max: int | None = Field(default=None, ge=1)
     tol: float | None = Field(default=None, ge=0)

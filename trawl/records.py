@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import yaml
 
+from trawl.checkpoint import INDEX_NAME, read_json
 from trawl.errors import PlanError
+from trawl.layout import ShardLayout, index_file
 from trawl.planning import Plan
 from trawl.shards import sealed
 from trawl.stacking import format_layers
@@ -36,6 +38,7 @@ class StackReport:
         shape: (S, inner, hidden).
         rank: (stack, inner, hidden).
         relative_error: ‖T − T̂‖_F / ‖T‖_F of what was written, rounding included.
+        rounding_error: how far rounding to the stored dtype moved it, relative to ‖T‖_F.
         parameters_before: entries of its matrices.
         parameters_after: entries of its factors.
         iterations: sweeps made.
@@ -50,6 +53,7 @@ class StackReport:
     shape: tuple[int, int, int]
     rank: tuple[int, int, int]
     relative_error: float
+    rounding_error: float
     parameters_before: int
     parameters_after: int
     iterations: int
@@ -113,10 +117,22 @@ def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], st
         "identity": identity,
         "stacks": [stack.to_json() for stack in report.stacks],
     }
-    with sealed(staged / "trawl.json") as file:
-        file.write((json.dumps(record, indent=2) + "\n").encode())
+    write_json(staged / "trawl.json", record)
     with sealed(staged / "README.md") as file:
         file.write(model_card(planned, report, record).encode())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file the way transformers writes its configurations; it appears whole, by rename."""
+    with sealed(path) as file:
+        file.write((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_index(source: Path, layouts: tuple[ShardLayout, ...], staged: Path) -> None:
+    """Write the index of newly laid out shards, where the source folder has one."""
+    if (source / INDEX_NAME).is_file():
+        metadata = read_json(source / INDEX_NAME, "shard index").get("metadata") or {}
+        write_json(staged / INDEX_NAME, index_file(layouts, metadata))
 
 
 def read_report(out: Path, identity: Mapping[str, Any]) -> Report | None:
@@ -148,10 +164,17 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
     checkpoint, recipe = planned.checkpoint, planned.recipe
     before = sum(stack.parameters_before for stack in report.stacks)
     name = Path(checkpoint.origin).name
+    if planned.descriptor is None:
+        title, how = "denoised", "The tensors have their old names, shapes and dtypes: it loads wherever it did before."
+    else:
+        title, how = (
+            "compressed",
+            "It loads through transformers once `import trawl` was run (`pip install trawl-llm`).",
+        )
     intro = (
-        f"Low-rank approximations stand in place of {before:,} of the {checkpoint.parameters:,} weights of {name}. The "
-        "tensors have their old names, shapes and dtypes, so the checkpoint loads wherever the original did. Nothing "
-        "was trained."
+        f"Low-rank approximations stand in place of {before:,} of the {checkpoint.parameters:,} weights of {name}. "
+        f"{how} Nothing was trained. Parameters: {planned.output_parameters:,}; shards: {planned.output_bytes:,} bytes "
+        f"({checkpoint.nbytes:,} before)."
     )
     settings = (
         f"Method {recipe.method.upper()}, rank {recipe.rank}, layers {recipe.layers}, roles {recipe.roles}, "
@@ -161,7 +184,7 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
         "Relative error is ‖T − T̂‖ / ‖T‖ in the Frobenius norm, measured on the weights as written; kept energy is "
         "1 − relative error²."
     )
-    lines = [f"# {name}, denoised with TRAWL", "", intro, "", settings, "", *_table(report.stacks), "", meaning]
+    lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks), "", meaning]
     if report.weak_stacks:
         lines += ["", f"**{weak_warning(report)}**"]
     lines += ["", "Every other tensor is byte-identical to the source. Exact versions and hashes are in `trawl.json`."]

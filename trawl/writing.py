@@ -1,47 +1,75 @@
-"""Dense output: source shards with some tensors multiplied out from factors, streamed, and measured as written."""
+"""Output shards, streamed and measured as written: dense, multiplied out from factors, or with factors in place."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trawl.checkpoint import Checkpoint, Shard
+from trawl.checkpoint import DTYPES, Checkpoint, Shard
+from trawl.descriptor import Descriptor
 from trawl.factors import Factors
 from trawl.families import Placement
+from trawl.layout import ShardLayout
 from trawl.shards import FileRange, copy_file, write_shard
 from trawl.stacking import Stack
+from trawl.views import View
 
 BLOCK_ENTRIES = 1 << 20  # entries of one block of the writing loop; its float32 buffers stay in cache
 
 Advance = Callable[[int], None]
+FactorsOf = Callable[[str], Factors]
+
+
+class Sums(NamedTuple):
+    """Sums of squares over some slices of a stack, in float64 and in units of the stack's largest magnitude."""
+
+    error: float  # of what was written, ‖T − T̂‖²
+    rounding: float  # of what was written against the same in full precision
+    norm: float  # ‖T‖²
 
 
 @dataclass
 class SquaredErrors:
-    """Sums of squares per stack, in float64 and in units of the stack's largest magnitude.
-
-    Attributes:
-        error: ‖T − T̂‖² of what was written.
-        norm: ‖T‖².
-    """
+    """Sums of squares by stack."""
 
     error: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    rounding: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     norm: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def add(self, other: SquaredErrors) -> None:
+    def add(self, name: str, sums: Sums) -> None:
+        """Add the sums of some slices of a stack."""
+        self.error[name] += sums.error
+        self.rounding[name] += sums.rounding
+        self.norm[name] += sums.norm
+
+    def merge(self, other: SquaredErrors) -> None:
         """Add the sums of another part of the output."""
-        for name, value in other.error.items():
-            self.error[name] += value
-            self.norm[name] += other.norm[name]
+        for name, norm in other.norm.items():
+            self.add(name, Sums(other.error[name], other.rounding[name], norm))
 
     def relative(self, name: str) -> float:
-        """Return ‖T − T̂‖_F / ‖T‖_F of a stack; zero for an all-zero stack."""
+        """Return ‖T − T̂‖_F / ‖T‖_F of a stack as written; zero for an all-zero stack."""
         return float((self.error[name] / self.norm[name]) ** 0.5) if self.norm[name] else 0.0
+
+    def relative_rounding(self, name: str) -> float:
+        """Return how far rounding moved a stack, relative to ‖T‖_F."""
+        return float((self.rounding[name] / self.norm[name]) ** 0.5) if self.norm[name] else 0.0
+
+    def to_json(self) -> dict[str, dict[str, float]]:
+        """Return the sums as JSON-able values."""
+        return {part.name: dict(getattr(self, part.name)) for part in fields(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Mapping[str, float]]) -> SquaredErrors:
+        """Read back what :meth:`to_json` gave."""
+        return cls(**{part.name: defaultdict(float, values[part.name]) for part in fields(cls)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +85,7 @@ class DenseWriter:
 
     checkpoint: Checkpoint
     stacks: tuple[Stack, ...]
-    factors: Callable[[str], Factors]
+    factors: FactorsOf
     absmax: Mapping[str, float]
 
     def write(self, shard: Shard, path: Path, advance: Advance) -> SquaredErrors:
@@ -105,21 +133,112 @@ class DenseWriter:
         whole = len(slices) == 1 and slices[0][2].view.whole
         target = torch.empty(original.shape, dtype=original.dtype) if whole else original.clone()
         for stack, number, part in slices:
-            canonical = part.view.apply(original)
-            written = part.view.apply(target)
-            shares = written.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
-            if not shares:  # no strides express this slice: fill a copy of it, then scatter it back
-                written = torch.empty_like(canonical)
-            scale = self.absmax[stack.name] or 1.0
-            error, norm = multiply_out(self.factors(stack.name), number, canonical, written, scale)
-            errors.error[stack.name] += error
-            errors.norm[stack.name] += norm
-            if not shares:
-                part.view.scatter(written, target)
+            with slice_of(target, part.view) as written:
+                canonical, scale = part.view.apply(original), self.absmax[stack.name] or 1.0
+                errors.add(stack.name, multiply_out(self.factors(stack.name), number, canonical, written, scale))
         return target
 
 
-def multiply_out(factors: Factors, s: int, original: Tensor, out: Tensor, scale: float) -> tuple[float, float]:
+@dataclass(frozen=True, eq=False)
+class FactoredWriter:
+    """Writes the shards of a factored checkpoint.
+
+    Attributes:
+        checkpoint: the source.
+        descriptor: what the output holds.
+        stacks: all that were decomposed.
+        factors: reads the factors of a stack by its name.
+        absmax: largest magnitude of each stack.
+    """
+
+    checkpoint: Checkpoint
+    descriptor: Descriptor
+    stacks: tuple[Stack, ...]
+    factors: FactorsOf
+    absmax: Mapping[str, float]
+
+    def write(self, layout: ShardLayout, path: Path, advance: Advance) -> SquaredErrors:
+        """Write one shard: factors, empty stand-ins, and every other tensor's bytes as they are.
+
+        Args:
+            layout: what the shard holds.
+            path: the file to create; it appears whole, by rename.
+            advance: called with the number of bytes done.
+        Returns: squared errors of the stacks whose factors are in this shard.
+        Raises: OSError: disk full or unreadable source.
+        Cost: its bytes once, and one read of every slice of its stacks with two matrix products of the slice's size
+            times the rank; memory for a few blocks.
+        """
+        errors = SquaredErrors()
+        stored: dict[str, Tensor] = {}
+        for stack, described in zip(self.stacks, self.descriptor.stacks, strict=True):
+            if described.factor_names["left"] not in {entry.name for entry in layout.entries}:
+                continue
+            exact = self.factors(stack.name)
+            rounded = exact.to(dtype=DTYPES[described.dtype])
+            for number, part in enumerate(stack.slices):
+                original = part.view.apply(self.checkpoint.read(part.tensor))
+                errors.add(stack.name, measure(rounded, exact, number, original, self.absmax[stack.name] or 1.0))
+            tensors = rounded.tensors()
+            stored |= {name: tensors[factor] for factor, name in described.factor_names.items()}
+
+        def parts() -> Iterator[FileRange | Tensor]:
+            for entry in layout.entries:
+                if entry.name in stored:
+                    yield stored[entry.name].contiguous()
+                elif entry.name not in self.descriptor.slices:
+                    info = self.checkpoint.tensors[entry.name]
+                    yield FileRange(self.checkpoint.folder / info.shard, info.start, info.stop)
+                advance(entry.nbytes)
+
+        write_shard(path, layout.header, parts())
+        return errors
+
+
+@contextmanager
+def slice_of(target: Tensor, view: View) -> Iterator[Tensor]:
+    """Yield a slice of a stored tensor to be filled: in place where strides express it, else a copy put back after."""
+    written = view.apply(target)
+    in_place = written.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+    yield written
+    if not in_place:
+        view.scatter(written, target)
+
+
+class _Product:
+    """Slice s of some factors, multiplied out in blocks of rows."""
+
+    def __init__(self, factors: Factors, s: int) -> None:
+        middle = factors.middle(s)
+        self.left = factors.left
+        self.right = (factors.right * middle if middle.dim() == 1 else factors.right @ middle.T).T  # (r1, hidden)
+
+    def rows(self, block: slice, *, transposed: bool) -> Tensor:
+        """Return some rows, (rows, hidden); ``transposed`` lays them out as columns of (hidden, rows)."""
+        return (self.right.T @ self.left[block].T).T if transposed else self.left[block] @ self.right
+
+
+def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Yield runs of rows of about ``BLOCK_ENTRIES`` entries."""
+    rows = max(1, BLOCK_ENTRIES // shape[1])
+    for first in range(0, shape[0], rows):
+        yield slice(first, first + rows)
+
+
+def fill(factors: Factors, s: int, out: Tensor) -> None:
+    """Write slice s of the factors into ``out`` (inner, hidden), bit for bit as :func:`multiply_out` does."""
+    product = _Product(factors, s)
+    transposed = _stored_transposed(out)
+    for block in blocks(out.shape):
+        out[block] = product.rows(block, transposed=transposed)
+
+
+def _stored_transposed(out: Tensor) -> bool:
+    """Whether a slice is stored as (hidden, inner), so that its blocks are best formed in that order."""
+    return out.stride(0) < out.stride(1)
+
+
+def multiply_out(factors: Factors, s: int, original: Tensor, out: Tensor, scale: float) -> Sums:
     """Write slice s of the factors into ``out``, block by block, and measure it against the original.
 
     Args:
@@ -128,22 +247,48 @@ def multiply_out(factors: Factors, s: int, original: Tensor, out: Tensor, scale:
         original: (inner, hidden) as stored.
         out: (inner, hidden) to fill; rounded once to its dtype.
         scale: a magnitude that the entries are divided by before they are squared.
-    Returns: squared error of what was written, and squared norm of the original, both divided by scale².
+    Returns: sums of squares, divided by scale².
     Cost: O(inner · hidden · rank) operations; memory for a few blocks of ``BLOCK_ENTRIES`` entries.
     """
-    middle = factors.middle(s)
-    right = (factors.right * middle if middle.dim() == 1 else factors.right @ middle.T).T  # (r1, hidden)
-    rows = max(1, BLOCK_ENTRIES // right.shape[1])
-    transposed = out.stride(0) < out.stride(1)  # stored as (hidden, inner): form blocks in that order
-    error = norm = 0.0
-    for first in range(0, out.shape[0], rows):
-        block = slice(first, first + rows)
-        product = (right.T @ factors.left[block].T).T if transposed else factors.left[block] @ right
-        out[block] = product
-        before = original[block].to(product.dtype)
-        error += squared_norm((out[block] - before).div_(scale))
-        norm += squared_norm(before / scale)
-    return error, norm
+    product = _Product(factors, s)
+    transposed = _stored_transposed(out)
+    total = Sums(0.0, 0.0, 0.0)
+    for block in blocks(original.shape):
+        exact = product.rows(block, transposed=transposed)
+        out[block] = exact
+        total = _added(total, original[block], out[block], exact, scale)
+    return total
+
+
+def measure(rounded: Factors, exact: Factors, s: int, original: Tensor, scale: float) -> Sums:
+    """Measure slice s of rounded factors against the original and against the factors before rounding.
+
+    Args:
+        rounded: the factors as stored.
+        exact: the same before they were rounded, float32 or float64.
+        s: slice number.
+        original: (inner, hidden) as stored.
+        scale: a magnitude that the entries are divided by before they are squared.
+    Returns: sums of squares, divided by scale².
+    Cost: that of :func:`multiply_out`, twice.
+    """
+    dtype = exact.left.dtype
+    stored, precise = _Product(rounded.to(dtype=dtype), s), _Product(exact, s)
+    total = Sums(0.0, 0.0, 0.0)
+    for block in blocks(original.shape):
+        written = stored.rows(block, transposed=False)
+        total = _added(total, original[block], written, precise.rows(block, transposed=False), scale)
+    return total
+
+
+def _added(total: Sums, original: Tensor, written: Tensor, exact: Tensor, scale: float) -> Sums:
+    """Add one block's squares."""
+    before = original.to(exact.dtype)
+    return Sums(
+        total.error + squared_norm((written - before).div_(scale)),
+        total.rounding + squared_norm((written - exact).div_(scale)),
+        total.norm + squared_norm(before / scale),
+    )
 
 
 def squared_norm(block: Tensor) -> float:

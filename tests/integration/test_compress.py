@@ -186,11 +186,6 @@ def test_output_places_that_cannot_be_are_refused(zoo, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_factored_output_is_refused_until_it_exists(zoo, tmp_path):
-    with pytest.raises(PlanError, match="--write dense"):
-        trawl.compress(zoo("llama"), trawl.Recipe(rank=4, write="factored"), tmp_path / "out")
-
-
 def test_the_planned_parameters_are_those_of_the_factors(zoo, tmp_path):
     for method, rank in (("cp", 5), ("tucker", (2, 4, 6)), ("tucker", 5), ("svd", 7)):
         recipe = trawl.Recipe(method=method, rank=rank)

@@ -8,9 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trawl.decompose.method import Compute, Engine, Shape, check_one, check_options, report_cap, report_sweep
+from trawl.decompose.cp_core import solve_core
+from trawl.decompose.method import (
+    Compute,
+    Engine,
+    Shape,
+    check_one,
+    check_options,
+    logger,
+    report_cap,
+    report_sweep,
+)
 from trawl.decompose.range_finder import hidden_basis, row_subspace, sum_up
-from trawl.decompose.reference import core_cp, reference_cp
+from trawl.decompose.reference import reference_cp
 from trawl.decompose.source import SliceSource
 from trawl.decompose.streaming import Stream, TransposedSlices
 from trawl.decompose.svd import SVD, truncated_svd
@@ -18,7 +28,11 @@ from trawl.factors import Factors
 
 EXACT_BELOW = 0.1
 COMPRESSION = 2  # columns of the compressing bases for each CP component
-CORE_SWEEPS = 50
+SMALL_CORE = 1 << 16  # entries up to which float64 and several starts cost less than one read of the stack
+TRIAL_SWEEPS = 12  # for each of several starts; the best is then known
+NEARLY_NOTHING = 1e-2  # of the energy missed by the compression: the stack may have exactly this structure
+LOSSLESS = 0.1  # of the core's error: less lost by the compression cannot be won back by sweeps over the stack
+ROUNDING = 1e-6
 TYPICAL_SWEEPS = 8
 POWER_STEPS = 1
 
@@ -103,11 +117,59 @@ def _streamed(method: CP, stream: Stream) -> Factors:
     """Compress, decompose the core, expand and polish; inner ≥ hidden."""
     size, inner, hidden = stream.shape
     if stream.empty:
-        kind = stream.zeros()
-        parts = (torch.zeros(n, method.rank, **kind) for n in (inner, hidden, size))
-        return Factors(*parts, None, 0.0, 0, True)
-    a, b, c, error = _start(method, stream)
-    converged, sweep = False, 0
+        kind = stream.factor_kind()
+        b, c, a = (torch.zeros(n, method.rank, **kind) for n in (inner, hidden, size))
+        return Factors(b, c, a, None, 0.0, 0, True)
+    u, v, core, missed = _compress(stream, COMPRESSION * method.rank, method.seed)
+    norm = torch.linalg.vector_norm(core.double())
+    trials = TRIAL_SWEEPS if core.numel() <= SMALL_CORE or missed < NEARLY_NOTHING else 0
+    if size * inner * hidden <= SMALL_CORE:
+        trials = method.n_iter_max
+    unit_core = (core / norm).to(core.dtype)
+    solved = solve_core(unit_core, method.rank, method.n_iter_max, method.tol, method.seed, trials)
+    a, b, c = (part.to(core.dtype) for part in solved.factors)
+    a, b, c = a * norm.to(core.dtype), u @ b, v @ c
+    error = math.sqrt(missed + (1.0 - missed) * solved.error**2)
+    logger.info("CP core of shape %s: fit %.6f after %d sweeps", tuple(core.shape), 1.0 - error, solved.sweeps)
+    if solved.sweeps and missed <= max(LOSSLESS * solved.error, ROUNDING) ** 2:
+        sweeps, converged = solved.sweeps, solved.converged  # sweeps over the stack would repeat those over its core
+        if not converged:
+            report_cap("CP", method.n_iter_max, solved.change, method.tol)
+    else:
+        a, b, c, error, sweeps, converged = _polish(method, stream, a, b, c, error)
+    if error < EXACT_BELOW:
+        error = math.sqrt(stream.residual_squared(b, torch.diag_embed(a), c) / stream.norm_squared)
+    return _normalized(a / stream.scale, b, c, error, sweeps, converged)
+
+
+def _normalized(a: Tensor, b: Tensor, c: Tensor, error: float, sweeps: int, converged: bool) -> Factors:
+    """Move all scale into the core."""
+    (b, b_norms), (c, c_norms) = _unit(b), _unit(c)
+    return Factors(b.contiguous(), c.contiguous(), a * b_norms * c_norms, None, error, sweeps, converged)
+
+
+def _compress(stream: Stream, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return bases (inner, s1) and (hidden, s2) of at most ``width`` columns, the core (S, s1, s2), and missed energy."""
+    _, inner, hidden = stream.shape
+    v = hidden_basis(stream, min(width, hidden), POWER_STEPS, seed)
+    y = stream.right_products(v)  # (S, s2, inner)
+    u = row_subspace(y.flatten(0, 1), min(width, inner), seed=seed)
+    core = (y @ u).transpose(1, 2)  # (S, s1, s2)
+    missed = max(0.0, 1.0 - float(core.double().square().sum()) / stream.norm_squared)
+    if missed < EXACT_BELOW**2:  # small directions count, and the difference of two norms has lost digits
+        if v.shape[1] < hidden:
+            z = stream.left_products(u)  # (S, s1, hidden)
+            v = row_subspace(z.flatten(0, 1), v.shape[1], v, seed=seed)
+            core = z @ v
+        missed = stream.residual_squared(u, core, v) / stream.norm_squared
+    return u, v, core, missed
+
+
+def _polish(
+    method: CP, stream: Stream, a: Tensor, b: Tensor, c: Tensor, error: float
+) -> tuple[Tensor, Tensor, Tensor, float, int, bool]:
+    """Sweep over the stack until the change of relative error is under ``tol``."""
+    converged, sweep, before = False, 0, error
     while sweep < method.n_iter_max and not converged:
         sweep += 1
         a, b, c, energy = _sweep(stream, a, b, c)
@@ -116,55 +178,7 @@ def _streamed(method: CP, stream: Stream) -> Factors:
         report_sweep("CP", sweep, error, before)
     if not converged:
         report_cap("CP", method.n_iter_max, before - error, method.tol)
-    if error < EXACT_BELOW:
-        error = math.sqrt(stream.residual_squared(b, torch.diag_embed(a), c) / stream.norm_squared)
-    return Factors(b, c, a / stream.scale, None, error, sweep, converged)
-
-
-def _start(method: CP, stream: Stream) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return factor matrices (S, R), (inner, R), (hidden, R) from the CP of a compressed stack, and their error."""
-    u, v, core = _compress(stream, COMPRESSION * method.rank, method.seed)
-    size = torch.linalg.vector_norm(core)
-    core = core / size
-    a, b, c = core_cp(core, _leading_triplets(core, method.rank, method.seed), CORE_SWEEPS, method.tol)
-    missed = float((core - (b * a[:, None, :]) @ c.T).double().square().sum())
-    energy = float(size.double().square()) / stream.norm_squared
-    return a * size, u @ b, v @ c, math.sqrt(max(0.0, 1.0 - energy + energy * missed))
-
-
-def _compress(stream: Stream, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return bases (inner, s1) and (hidden, s2) of at most ``width`` columns, and the core (S, s1, s2) between them."""
-    _, inner, hidden = stream.shape
-    v = hidden_basis(stream, min(width, hidden), POWER_STEPS, seed)
-    y = stream.right_products(v)  # (S, s2, inner)
-    u = row_subspace(y.flatten(0, 1), min(width, inner), seed=seed)
-    core = (y @ u).transpose(1, 2)  # (S, s1, s2)
-    kept = float(core.double().square().sum()) / stream.norm_squared
-    if kept > 1.0 - EXACT_BELOW**2 and v.shape[1] < hidden:  # small directions count: v is only a float32 start
-        z = stream.left_products(u)  # (S, s1, hidden)
-        v = row_subspace(z.flatten(0, 1), v.shape[1], v, seed=seed)
-        core = z @ v
-    return u, v, core
-
-
-def _leading_triplets(core: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Start a CP from the largest singular triplets of all slices: a one-hot a, and no two components alike."""
-    size = core.shape[0]
-    u, sigma, vt = torch.linalg.svd(core, full_matrices=False)  # (S, s1, m), (S, m), (S, m, s2)
-    count = sigma.shape[1]
-    order = torch.argsort(sigma.flatten(), descending=True, stable=True)[:rank]
-    of, which = order // count, order % count
-    a = torch.nn.functional.one_hot(of, size).to(core.dtype) * sigma.flatten()[order, None]
-    parts = a.T, u[of, :, which].T, vt[of, which].T
-    extra = rank - order.numel()
-    if extra > 0:
-        generator = torch.Generator().manual_seed(seed)
-        scale = float(sigma.max())
-        parts = tuple(
-            torch.cat([part, scale * torch.randn(part.shape[0], extra, generator=generator).to(part)], dim=1)
-            for part in parts
-        )
-    return parts[0].contiguous(), parts[1].contiguous(), parts[2].contiguous()
+    return a, b, c, error, sweep, converged
 
 
 def _sweep(stream: Stream, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import tensorly
@@ -10,7 +11,7 @@ from tensorly.decomposition import parafac, tucker
 from torch import Tensor
 
 from trawl.decompose.source import SliceSource
-from trawl.errors import ShapeError
+from trawl.errors import PlanError, ShapeError
 from trawl.factors import Factors
 
 
@@ -28,24 +29,30 @@ def reference_cp(source: SliceSource, rank: int, n_iter_max: int, tol: float, se
     """Return tensorly's CP of a stack: the better of a random and an SVD start.
 
     Args: as the fields of :class:`trawl.decompose.CP`.
-    Returns: as :meth:`trawl.decompose.CP.decompose`.
+    Returns: as :meth:`trawl.decompose.CP.decompose`, columns not scaled.
+    Raises: PlanError: both starts lead to singular normal equations.
     Cost: the stack in memory several times over, full SVDs of its unfoldings.
     Reference: Kossaifi et al. 2019, https://jmlr.org/papers/v20/18-277.html
     """
     stack, unit = load_stack(source)
     if not stack.any():
-        stack[0, 0, 0] = torch.finfo(stack.dtype).tiny  # tensorly cannot divide by a norm of zero
-        unit = 0.0
+        size, inner, hidden = stack.shape
+        return Factors(stack.new_zeros(inner, rank), stack.new_zeros(hidden, rank), stack.new_zeros(size, rank), None, 0.0)
     results = []
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         for init in ("random", "svd"):
-            solution, errors = parafac(
-                stack, rank, n_iter_max=n_iter_max, tol=tol, init=init, random_state=seed, return_errors=True
-            )
-            results.append((_measured(stack, solution), solution, len(errors)))
+            with contextlib.suppress(torch.linalg.LinAlgError):  # the other start may do
+                solution, errors = parafac(
+                    stack, rank, n_iter_max=n_iter_max, tol=tol, init=init, random_state=seed, return_errors=True
+                )
+                results.append((_measured(stack, solution), solution, len(errors)))
+    if not results:
+        raise PlanError(
+            f"tensorly's parafac met singular normal equations on a stack of shape {source.shape} at rank {rank}, "
+            "from both of its starts; lower the rank or use engine streaming"
+        )
     error, (_, (mixing, left, right)), sweeps = min(results, key=lambda result: result[0])
-    factors = Factors(left, right, mixing * unit, None, error if unit else 0.0, sweeps, sweeps < n_iter_max)
-    return factors
+    return Factors(left, right, mixing * unit, None, error, sweeps, sweeps < n_iter_max)
 
 
 def _measured(stack: Tensor, solution: tuple[Tensor, tuple[Tensor, Tensor, Tensor]]) -> float:
@@ -95,25 +102,3 @@ def relative_error(stack: Tensor, factors: Factors) -> float:
     )
     norm = float(sum(float(matrix.double().square().sum()) for matrix in stack))
     return math.sqrt(residual / norm) if norm else 0.0
-
-
-def core_cp(core: Tensor, start: tuple[Tensor, Tensor, Tensor], n_iter_max: int, tol: float) -> list[Tensor]:
-    """Run tensorly's parafac on a small core from a given start.
-
-    Args:
-        core: (S, s1, s2).
-        start: factor matrices (S, R), (s1, R), (s2, R).
-        n_iter_max: cap on its iterations.
-        tol: change of its relative error under which they stop.
-    Returns: the three factor matrices; the start where a normal equation was singular.
-    Reference: Kolda & Bader 2009, section 3.4, doi:10.1137/07070111X
-    """
-    rank = start[0].shape[1]
-    weights = torch.ones(rank, dtype=core.dtype, device=core.device)
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
-        try:
-            _, solved = parafac(core, rank, n_iter_max=n_iter_max, tol=tol, init=(weights, list(start)))
-        except torch.linalg.LinAlgError:
-            return list(start)
-    solved = list(solved)
-    return solved if all(bool(torch.isfinite(part).all()) for part in solved) else list(start)

@@ -84,7 +84,7 @@ class Stream:
             yield panel
         self._norm_squared = measured if self._norm_squared is None else self._norm_squared
 
-    def zeros(self) -> dict[str, Any]:
+    def factor_kind(self) -> dict[str, Any]:
         """Return dtype and device that factors have, read from the first slice."""
         matrix = next(iter(self.source.slices()))
         return {
@@ -169,11 +169,8 @@ class Panel:
         return total
 
     def sum_of_squares(self) -> float:
-        """Return ‖scale · X‖²: short sums in the computing dtype, their total in float64."""
-        total = self.buffer.new_zeros((), dtype=torch.float64)
-        for _, block in self.blocks():
-            total += torch.linalg.vector_norm(block, dim=1).double().square().sum()
-        return float(total)
+        """Return ‖scale · X‖²."""
+        return sum(sum_of_squares(block) for _, block in self.blocks())
 
     def residual_squared(self, left: Tensor, middle: Tensor, right: Tensor) -> float:
         """Return ‖scale · X − left · middle · rightᵀ‖²."""
@@ -181,11 +178,9 @@ class Panel:
         if not self.by_rows:
             left, middle, right = right, middle.T, left
         across = self.like(middle) @ right.T
-        total = self.buffer.new_zeros((), dtype=torch.float64)
-        for rows, block in self.blocks():
-            difference = torch.addmm(block, left[rows], across, alpha=-1.0)
-            total += torch.linalg.vector_norm(difference, dim=1).double().square().sum()
-        return float(total)
+        return sum(
+            sum_of_squares(torch.addmm(block, left[rows], across, alpha=-1.0)) for rows, block in self.blocks()
+        )
 
     def _product(self, matrix: Tensor, operand: Tensor, *, along: bool, fast: bool) -> Tensor:
         """Return ``operandᵀ matrix``; blocks run ``along`` the columns of the matrix, or along its rows."""
@@ -210,3 +205,11 @@ class Panel:
         if matrix.dtype == torch.bfloat16 and self.scale == 1.0:
             return self.like(low.T @ matrix)
         return self.like(low.T @ (self.like(matrix) * self.scale).to(torch.bfloat16))
+
+
+def sum_of_squares(x: Tensor) -> float:
+    """Return ‖x‖²: runs of 64 in the dtype of x, which costs no digit that counts, and their total in float64."""
+    flat = x.reshape(-1)
+    whole = flat.numel() - flat.numel() % 64
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, 64), dim=1)
+    return float(runs.double().square().sum() + flat[whole:].double().square().sum())

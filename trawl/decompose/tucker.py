@@ -178,7 +178,7 @@ def _zero(stream: Stream, ranks: Shape) -> Factors:
     """Factors of a stack of zeros: orthonormal columns and an empty core; its relative error is 0 by definition."""
     size, inner, hidden = stream.shape
     r0, r1, r2 = ranks
-    kind = stream.zeros()
+    kind = stream.factor_kind()
     stack = torch.eye(size, r0, **kind) if r0 < size else None
     core = torch.zeros(r0, r1, r2, **kind)
     return Factors(torch.eye(inner, r1, **kind), torch.eye(hidden, r2, **kind), core, stack, 0.0, 0, True)

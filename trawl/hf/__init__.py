@@ -3,10 +3,10 @@
 Importing this package registers ``quant_method: trawl``, so that ``AutoModel….from_pretrained`` knows such folders.
 """
 
-from trawl.hf.install import install
 from trawl.hf.linear import FactoredLinear, FactorStack
 from trawl.hf.load import check_folder, load
 from trawl.hf.quantizer import TrawlConfig, TrawlQuantizer, register
+from trawl.hf.replacement import install
 
 __all__ = [
     "FactorStack",

@@ -84,10 +84,11 @@ def _model_class(architectures: list[str] | None, auto_class: Any) -> Any:
     name = auto_class or (str(architectures[0]) if architectures else None)
     if name is None:
         raise LoadError("config.json names no architectures; pass auto_class, such as AutoModelForCausalLM")
-    if (found := getattr(transformers, name, None)) is not None:
+    found = getattr(transformers, name, None)
+    if hasattr(found, "from_pretrained"):
         return found
     if auto_class is not None:
-        raise LoadError(f"transformers {transformers.__version__} has no class {auto_class}")
+        raise LoadError(f"transformers {transformers.__version__} has no model class {auto_class}")
     head = next((head for head in HEADS if name.endswith(head)), "")
     return getattr(
         transformers, f"AutoModel{head}"

@@ -29,8 +29,8 @@ from trawl.checkpoint import DTYPES, TensorInfo, read_shard
 from trawl.descriptor import METHOD, DescribedStack, Descriptor
 from trawl.descriptor_reader import parse_descriptor
 from trawl.errors import CheckpointError, LoadError
-from trawl.hf.install import Locate, check_loaded, install, multiply_out, set_loading, stacks_of
 from trawl.hf.linear import FactoredLinear
+from trawl.hf.replacement import Locate, check_loaded, install, multiply_out, set_loading, stacks_of
 
 LOADED_MARK = "_is_hf_initialized"  # transformers sets it on every parameter that it has loaded
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -78,9 +78,14 @@ class TrawlQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         _check_names(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
-        """Check that every factor has arrived."""
+        """Check that every factor has arrived.
+
+        The weights are plain floats, so the model is not marked as quantized: ``.half()``, ``.float()`` and training
+        stay open.
+        """
         check_loaded(model, LOADED_MARK)
         set_loading(model, False)
+        model.is_quantized = False
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

@@ -1,0 +1,388 @@
+"""FactoredLinear against the multiplied-out matrix: orientation, cores, fused parts, sharing, copies, gradients."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from trawl.descriptor import DescribedSlice, DescribedStack, Descriptor
+from trawl.errors import LoadError, ShapeError
+from trawl.factors import Factors
+from trawl.hf.linear import NEVER, FactoredLinear, FactorStack, cheapest_order, make_part
+from trawl.hf.replacement import check_loaded, install, multiply_out, stacks_of
+from trawl.views import View
+
+INNER, HIDDEN = 12, 8
+THREE = (("part", 3), ("dim", 2))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def thirds(stored, canonical, sizes=THREE):
+    return [View(stored, canonical, sizes, (("part", i, i + 1),)) for i in range(3)]
+
+
+# name: (views of the slices in one tensor, its shape, the axis that is the output)
+LAYOUTS = {
+    "linear in": ([View("inner hidden")], (INNER, HIDDEN), 0),
+    "linear out": ([View("hidden inner", "inner hidden")], (HIDDEN, INNER), 0),
+    "conv1d in": ([View("hidden inner", "inner hidden")], (HIDDEN, INNER), 1),
+    "conv1d out": ([View("inner hidden")], (INNER, HIDDEN), 1),
+    "halves": (
+        [View("(part inner) hidden", "", (("part", 2),), (("part", i, i + 1),)) for i in (0, 1)],
+        (2 * INNER, HIDDEN),
+        0,
+    ),
+    "conv1d thirds": (thirds("hidden (part inner)", "(part inner) hidden", (("part", 3),)), (HIDDEN, 3 * INNER), 1),
+    "interleaved": (thirds("(heads part dim) hidden", ""), (3 * INNER, HIDDEN), 0),
+    "permuted": ([View("(heads dim) hidden", "(dim heads) hidden", (("dim", 2),))], (INNER, HIDDEN), 0),
+    "permuted thirds": (thirds("(heads part dim) hidden", "(part dim heads) hidden"), (3 * INNER, HIDDEN), 0),
+    "fused outputs": (thirds("(heads part dim) inner", "inner (part heads dim)"), (3 * HIDDEN, INNER), 0),
+}
+RANKS = {"diagonal": (4, 4), "full": (5, 3)}
+
+
+def described(views, shape, core, *, mixed=False):
+    slices = tuple(DescribedSlice("h.0.w.weight", shape, view) for view in views)
+    rank = (2 if mixed else len(views), *RANKS[core])
+    return DescribedStack("fc.0", (len(views), INNER, HIDDEN), rank, core, mixed, "F32", "h.0.trawl.fc_0", slices)
+
+
+def filled(description, seed=0):
+    stack = FactorStack(description, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.normal_(generator=generator)
+    return stack
+
+
+def make(layout, core="full", *, mixed=False, bias=True):
+    """Return a module, and the dense matrix (in, out) that it stands for."""
+    views, shape, out_axis = LAYOUTS[layout]
+    stack = filled(described(views, shape, core, mixed=mixed))
+    parts = [make_part(stack, index, out_axis) for index in range(len(views))]
+    module = FactoredLinear(parts, out_axis, nn.Parameter(torch.randn(shape[out_axis])) if bias else None)
+    factors = Factors(*(getattr(stack, name) for name in ("left", "right", "core", "stack")))
+    dense = torch.full(shape, float("nan"))
+    with torch.no_grad():
+        for index, view in enumerate(views):
+            view.scatter(factors.slice(index), dense)
+    return module, dense.T if out_axis == 0 else dense
+
+
+CASES = [
+    pytest.param(layout, core, mixed, id=f"{layout}-{core}{'-mixed' * mixed}")
+    for layout, (views, _, _) in LAYOUTS.items()
+    for core in RANKS
+    for mixed in (False, True)[: len(views)]
+]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("layout", "core", "mixed"), CASES)
+def test_forward_is_the_product_with_the_dense_matrix(layout, core, mixed, grad):
+    module, dense = make(layout, core, mixed=mixed)
+    assert (module.in_features, module.out_features) == tuple(dense.shape)
+    for batch in ((), (1, 1), (2, 7), (4000,), (0,)):  # alone, decode, prefill, enough rows to fold the core, none
+        x = torch.randn(*batch, dense.shape[0])
+        with torch.set_grad_enabled(grad):
+            found = module(x)
+        torch.testing.assert_close(found, x @ dense + module.bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("layout", "core", "mixed"), CASES)
+def test_weight_is_the_stored_matrix(layout, core, mixed):
+    module, dense = make(layout, core, mixed=mixed)
+    _, shape, out_axis = LAYOUTS[layout]
+    assert module.weight.shape == shape
+    assert not module.weight.requires_grad
+    torch.testing.assert_close(module.weight, dense.T if out_axis == 0 else dense)
+    assert module.to(torch.bfloat16).weight.dtype == torch.float32  # the factors' own module was not cast
+    module.parts[0].stack.to(torch.bfloat16)
+    assert module.weight.dtype == torch.bfloat16
+
+
+def test_weight_is_rounded_once():
+    module, _ = make("linear in")
+    module.parts[0].stack.to(torch.bfloat16)
+    stack = module.parts[0].stack
+    exact = stack.left.double() @ stack.core[0].double() @ stack.right.double().T
+    torch.testing.assert_close(module.weight, exact.to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_weight_cannot_be_set():
+    module, _ = make("linear in")
+    with pytest.raises(AttributeError, match="computed from its factors"):
+        module.weight = nn.Parameter(torch.zeros(INNER, HIDDEN))
+
+
+def test_state_dict_keeps_the_name_and_no_factor():
+    module, _ = make("linear in")
+    assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == {
+        "weight": (0,),
+        "bias": (INNER,),
+    }
+
+
+def test_gradients_are_those_of_the_dense_product():
+    module, _ = make("permuted thirds", mixed=True, bias=False)
+    stack, x = module.parts[0].stack, torch.randn(5, HIDDEN)
+    found = torch.autograd.grad(module(x).square().sum(), list(stack.parameters()))
+    factors = Factors(stack.left, stack.right, stack.core, stack.stack)
+    parts = torch.stack([x @ factors.slice(i).T for i in range(3)])  # (part, rows, part dim heads)
+    expected = torch.autograd.grad(parts.square().sum(), list(stack.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+class Products(TorchDispatchMode):
+    """Collects the shapes of all matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def two_linears():
+    """Return gate and up of one stack."""
+    views = [View("inner hidden")] * 2
+    slices = tuple(
+        DescribedSlice(f"h.0.{name}.weight", (INNER, HIDDEN), View("inner hidden")) for name in ("gate", "up")
+    )
+    stack = filled(
+        DescribedStack("fc.0", (2, INNER, HIDDEN), (2, 5, 3), "full", False, "F32", "h.0.trawl.fc_0", slices)
+    )
+    return stack, *(FactoredLinear([make_part(stack, index, 0)], 0, None) for index in range(len(views)))
+
+
+def test_slices_with_the_same_input_share_the_first_product():
+    _, gate, up = two_linears()
+    x = torch.randn(1, 4, HIDDEN)
+    with torch.no_grad(), Products() as products:
+        gate(x), up(x)
+    assert [shape[-1] for shape in products.shapes] == [3, 5, INNER, 5, INNER]
+    with torch.no_grad(), Products() as products:
+        gate(x), up(x.clone())
+    assert [shape[-1] for shape in products.shapes].count(3) == 2
+    torch.testing.assert_close(up(x), x @ up.weight.T)
+
+
+def test_fused_parts_share_the_first_product_and_the_output_side_does_not():
+    module, _ = make("interleaved")
+    with torch.no_grad(), Products() as products:
+        module(torch.randn(4, HIDDEN))
+    assert [shape[-1] for shape in products.shapes].count(3) == 1
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_changed_input_or_factor_is_never_served_an_old_product(context):
+    stack, gate, up = two_linears()
+    with context():
+        x = torch.randn(4, HIDDEN)
+        gate(x)
+        x.mul_(2)
+        torch.testing.assert_close(up(x), x @ up.weight.T)
+        gate(x), up(x)
+        stack.right.data.mul_(3)  # seen by no version counter
+        for module in (up, gate, up):
+            torch.testing.assert_close(module(x), x @ module.weight.T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shared_product_goes_with_its_input():
+    stack, gate, _ = two_linears()
+    x = torch.randn(4, HIDDEN)
+    with torch.no_grad():
+        gate(x)
+    product = weakref.ref(stack.of_hidden._last[2])
+    reference = weakref.ref(x)
+    del x
+    gc.collect()
+    assert reference() is None
+    assert product() is None
+    assert stack.of_hidden._last is None
+
+
+def test_recording_gradients_leaves_no_graph_behind():
+    stack, gate, up = two_linears()
+    x = torch.randn(4, HIDDEN)
+    for _ in range(2):  # the same input again, after the graph of the first pass is freed
+        (gate(x) + up(x)).sum().backward()
+    assert stack.of_hidden._last is None
+
+
+def test_threads_do_not_mix_their_products():
+    _, gate, up = two_linears()
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(300):
+                x = torch.randn(2, HIDDEN, generator=generator)
+                wrong.extend(seed for each in (gate, up) if not torch.allclose(each(x), x @ each.weight.T, atol=1e-4))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_and_pickles_have_factors_and_no_products():
+    module, _ = make("interleaved")
+    x = torch.randn(3, HIDDEN)
+    with torch.no_grad():
+        expected = module(x)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert other.parts[0].stack.of_hidden._last is None
+            assert other.parts[0].stack is other.parts[2].stack is not module.parts[0].stack
+            other.parts[0].stack.left.zero_()
+            torch.testing.assert_close(other(x), module.bias.expand(3, -1))
+        torch.testing.assert_close(module(x), expected)
+
+
+def operations(rows, sizes, order):
+    """Count the multiplications of one order."""
+    width_in, first, last, width_out = sizes
+    return {
+        "chain": rows * (width_in * first + first * last + last * width_out),
+        "last": first * last * width_out + rows * (width_in * first + first * width_out),
+        "first": width_in * first * last + rows * (width_in * last + last * width_out),
+    }[order]
+
+
+@pytest.mark.parametrize("sizes", [(576, 100, 300, 1536), (1536, 300, 100, 576), (576, 300, 300, 1536), (64, 8, 8, 64)])
+def test_the_order_of_products_is_the_cheapest(sizes):
+    rows, fold_last = cheapest_order(*sizes)
+    order = "last" if fold_last else "first"
+    if rows == NEVER:
+        assert operations(10**9, sizes, "chain") <= min(operations(10**9, sizes, each) for each in ("last", "first"))
+        return
+    assert operations(rows, sizes, order) <= operations(rows, sizes, "chain")
+    assert operations(rows - 1, sizes, order) >= operations(rows - 1, sizes, "chain")
+
+
+def test_full_rank_never_folds_into_a_dense_matrix():
+    assert cheapest_order(8, 8, 12, 12) == (NEVER, False)
+
+
+@pytest.mark.parametrize("layout", ["linear in", "linear out", "interleaved"])
+def test_forward_never_forms_the_dense_matrix(layout):
+    module, dense = make(layout)
+    for rows in (1, 5, 4000):
+        with torch.no_grad(), Products() as products:
+            module(torch.randn(rows, module.in_features))
+        assert products.shapes
+        assert not [shape for shape in products.shapes if sorted(shape) in (sorted(dense.shape), [HIDDEN, INNER])]
+
+
+def test_unequal_ranks_fold_in_long_inputs():
+    views, shape, axis = LAYOUTS["linear in"]
+    part = make_part(filled(described(views, shape, "full")), 0, axis)
+    assert part.fold_from < 4000  # so that the large batch of the first test takes that path
+    views, shape, axis = LAYOUTS["linear out"]
+    part = make_part(filled(described(views, shape, "full")), 0, axis)
+    assert part.fold_from < 4000
+
+
+@pytest.mark.parametrize(
+    ("view", "shape", "axis"),
+    [
+        (View("inner (a b)", "inner (b a)", (("a", 2),)), (INNER, HIDDEN), 0),
+        (View("hidden (a inner)", "(a inner) hidden", (("a", 2),), (("a", 0, 1),)), (HIDDEN, 2 * INNER), 0),
+    ],
+)
+def test_views_that_change_the_input_are_refused(view, shape, axis):
+    with pytest.raises(ShapeError, match="narrows or reorders the input"):
+        make_part(filled(described([view], shape, "full")), 0, axis)
+
+
+class Block(nn.Module):
+    def __init__(self, up):
+        super().__init__()
+        self.up = up
+        self.down = nn.Linear(INNER, HIDDEN, bias=False)
+
+    def forward(self, x):
+        return self.down(functional.relu(self.up(x)))
+
+
+def block_model(up=None):
+    return nn.Sequential(nn.Identity(), Block(up or nn.Linear(HIDDEN, INNER)))
+
+
+def block_descriptor(shape=(INNER, HIDDEN), up="1.up.weight", stored=None):
+    views = (
+        (View("inner hidden") if shape[0] == INNER else View("hidden inner", "inner hidden")),
+        View("hidden inner", "inner hidden"),
+    )
+    slices = (DescribedSlice(up, stored or shape, views[0]), DescribedSlice("1.down.weight", (HIDDEN, INNER), views[1]))
+    stack = DescribedStack("fc.1", (2, INNER, HIDDEN), (2, 5, 3), "full", False, "F32", "1.trawl.fc_1", slices)
+    return Descriptor((stack,))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_install_and_multiply_out(kind):
+    model = block_model(kind(HIDDEN, INNER) if kind is nn.Linear else kind(INNER, HIDDEN))
+    bias = model[1].up.bias
+    (stack,) = install(model, block_descriptor((INNER, HIDDEN) if kind is nn.Linear else (HIDDEN, INNER))).values()
+    assert stacks_of(model) == {"1.trawl.fc_1": stack}
+    assert set(model.state_dict()) == {
+        *(f"1.trawl.fc_1.{factor}" for factor in ("left", "right", "core")), "1.up.weight", "1.up.bias", "1.down.weight"
+    }  # fmt: skip
+    assert model[1].up.bias is bias
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.normal_()
+    x = torch.randn(3, HIDDEN)
+    expected = model(x)
+    multiply_out(model)
+    assert type(model[1].up) is kind
+    assert not hasattr(model[1], "trawl")
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_install_on_the_meta_device_allocates_nothing():
+    with torch.device("meta"):
+        model = block_model()
+    install(model, block_descriptor())
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert model[1].up.weight.device.type == "meta"
+    with pytest.raises(LoadError, match=r"1\.trawl\.fc_1\.left of stack fc\.1 was not loaded"):
+        check_loaded(model, "_is_hf_initialized")
+
+
+@pytest.mark.parametrize(
+    ("up", "descriptor", "message"),
+    [
+        (None, block_descriptor(up="1.other.weight"), "Sequential has no module 1.other"),
+        (None, block_descriptor(up="1.up.bias"), "not to nn.Linear or Conv1D"),
+        (nn.Bilinear(2, 2, 2), block_descriptor(), "belongs to a Bilinear"),
+        (nn.Linear(HIDDEN, INNER + 1), block_descriptor(), r"shape \(12, 8\), but module 1.up .* weight of \(13, 8\)"),
+    ],
+)
+def test_install_refuses_what_does_not_fit_and_changes_nothing(up, descriptor, message):
+    model = block_model(up)
+    before = dict(model.named_modules())
+    with pytest.raises(LoadError, match=message):
+        install(model, descriptor)
+    assert dict(model.named_modules()) == before
