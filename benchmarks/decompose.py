@@ -153,7 +153,11 @@ def svd_rows(repeats: int) -> list[Row]:
     stack = matrix[None]
     errors = {name: relative_error(stack, results[name][1]) for name in methods}
     rows = []
-    for baseline, name in (("torch.linalg.svd", "default"), ("torch.svd_lowrank", "default"), ("torch.svd_lowrank", "tol 1e-2")):
+    for baseline, name in (
+        ("torch.linalg.svd", "default"),
+        ("torch.svd_lowrank", "default"),
+        ("torch.svd_lowrank", "tol 1e-2"),
+    ):
         seconds, (u, sigma, v) = results[baseline]
         v = v if baseline == "torch.svd_lowrank" else v.T
         exact = Factors(u[:, :rank], v[:, :rank], sigma[None, :rank])
@@ -164,7 +168,9 @@ def svd_rows(repeats: int) -> list[Row]:
 
 def print_table(rows: list[Row]) -> None:
     """Print a Markdown table and the geometric means."""
-    print("| work | seconds | error | baseline | seconds | error | error − baseline's | times faster | than its faster start |")
+    print(
+        "| work | seconds | error | baseline | seconds | error | error − baseline's | times faster | than its faster start |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         faster = "" if math.isnan(row.faster_start) else f"{row.faster_start:.1f}"
@@ -175,15 +181,21 @@ def print_table(rows: list[Row]) -> None:
     for kind in ("CP", "Tucker"):
         of_kind = [row for row in rows if row.work.startswith(kind)]
         if of_kind:
-            print(f"\n{kind}: geometric mean {statistics.geometric_mean(row.speedup for row in of_kind):.1f} times faster")
+            print(
+                f"\n{kind}: geometric mean {statistics.geometric_mean(row.speedup for row in of_kind):.1f} times faster"
+            )
     starts = [row.faster_start for row in rows if not math.isnan(row.faster_start)]
     if starts:
-        print(f"\nCP against the faster start, whatever its error: geometric mean {statistics.geometric_mean(starts):.1f}")
+        print(
+            f"\nCP against the faster start, whatever its error: geometric mean {statistics.geometric_mean(starts):.1f}"
+        )
 
 
 def machine() -> str:
     """Name processor, threads and library versions."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     versions = f"torch {torch.__version__}, tensorly {tensorly.__version__}, Python {platform.python_version()}"
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads; {versions}"
 
@@ -202,7 +214,10 @@ def main() -> None:
             for label, layers in LAYERS.items():
                 stack = read_stack(options.model, layers)
                 for rank in RANKS:
-                    rows += [cp_row(label, stack, rank, options.repeats), tucker_row(label, stack, rank, options.repeats)]
+                    rows += [
+                        cp_row(label, stack, rank, options.repeats),
+                        tucker_row(label, stack, rank, options.repeats),
+                    ]
         if not options.no_svd:
             rows += svd_rows(options.repeats)
     print(machine() + f"; median of {options.repeats}\n")

@@ -113,6 +113,7 @@ class Checkpoint:
         shards: in index order.
         revision: commit hash of a hub snapshot, None for a local folder.
         origin: what the user called it: a folder, a hub id, or a .gguf file.
+        loaded: tensors by name, for a model that is in memory and has no folder.
     """
 
     folder: Path
@@ -120,6 +121,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     revision: str | None = None
     origin: str = ""
+    loaded: Mapping[str, Tensor] | None = None
     _handles: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -146,6 +148,8 @@ class Checkpoint:
         Raises: CheckpointError: the shard cannot be opened any more.
         Cost: no bytes are read until they are used, and none of them count as anonymous memory.
         """
+        if self.loaded is not None:
+            return self.loaded[name]
         shard = self.tensors[name].shard
         try:
             if shard not in self._handles:
@@ -157,6 +161,8 @@ class Checkpoint:
 
     def prefetch(self, name: str) -> None:
         """Ask the kernel to start reading a tensor's bytes; returns at once."""
+        if self.loaded is not None:
+            return
         info = self.tensors[name]
         descriptor = os.open(self.folder / info.shard, os.O_RDONLY)
         try:

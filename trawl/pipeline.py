@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from trawl.checkpoint import Checkpoint
-from trawl.errors import CheckpointError, PlanError
+from trawl.errors import PlanError
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
 from trawl.observers import Observer, silent
 from trawl.planning import Plan, PlannedStack, make_plan
 from trawl.recipe import Recipe
-from trawl.records import Report, StackReport, read_report, write_index, write_json, write_records
+from trawl.records import Report, read_report, report_stack, write_index, write_json, write_records
 from trawl.shards import copy_file, sealed
 from trawl.stacking import Stack, StoredSlices, scan
 from trawl.workspace import Workspace
@@ -91,7 +91,10 @@ def compress(
         errors = write_shards(planned, workspace, absmax, observer)
         copy_side_files(checkpoint, workspace.staged)
         write_factored_config(planned, workspace.staged)
-        reports = tuple(_report(stack, workspace, errors, seconds) for stack in planned.stacks)
+        reports = tuple(
+            report_stack(item, Factors.load(factor_path(workspace, item.stack))[0], errors, seconds[item.stack.name])
+            for item in planned.stacks
+        )
         report = Report(workspace.out, reports, time.perf_counter() - started)
         write_records(planned, report, identity, workspace.staged)
         workspace.publish()
@@ -253,31 +256,3 @@ def copy_side_files(checkpoint: Checkpoint, staged: Path) -> None:
         target = staged / name
         target.parent.mkdir(parents=True, exist_ok=True)
         copy_file(checkpoint.folder / name, target)
-
-
-def _report(
-    item: PlannedStack, workspace: Workspace, errors: SquaredErrors, seconds: Mapping[str, float]
-) -> StackReport:
-    """Put together what became of one stack."""
-    factors, _ = Factors.load(factor_path(workspace, item.stack))
-    error = errors.relative(item.stack.name)
-    if not error < float("inf"):
-        raise CheckpointError(
-            f"stack {item.stack.name}: the approximation does not fit the stored dtype (relative error {error}); "
-            "choose a larger rank, or a checkpoint stored in bfloat16 or float32"
-        )
-    return StackReport(
-        name=item.stack.name,
-        layers=item.stack.layers,
-        roles=item.stack.roles,
-        tensors=item.stack.tensors,
-        shape=item.stack.shape,
-        rank=item.rank,
-        relative_error=error,
-        rounding_error=errors.relative_rounding(item.stack.name),
-        parameters_before=item.stack.parameters,
-        parameters_after=item.parameters_after,
-        iterations=factors.iterations,
-        converged=factors.converged,
-        seconds=round(seconds[item.stack.name], 3),
-    )

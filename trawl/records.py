@@ -15,11 +15,13 @@ import torch
 import yaml
 
 from trawl.checkpoint import INDEX_NAME, read_json
-from trawl.errors import PlanError
+from trawl.errors import CheckpointError, PlanError
+from trawl.factors import Factors
 from trawl.layout import ShardLayout, index_file
-from trawl.planning import Plan
+from trawl.planning import Plan, PlannedStack
 from trawl.shards import sealed
 from trawl.stacking import format_layers
+from trawl.writing import SquaredErrors
 
 WEAK_ENERGY = 0.5
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
@@ -68,6 +70,34 @@ class StackReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         return asdict(self) | {"kept_energy": self.kept_energy}
+
+
+def report_stack(item: PlannedStack, factors: Factors, errors: SquaredErrors, seconds: float) -> StackReport:
+    """Put together what became of one stack.
+
+    Raises: CheckpointError: what was written is not finite, because the stored dtype is too narrow for it.
+    """
+    error = errors.relative(item.stack.name)
+    if not error < float("inf"):
+        raise CheckpointError(
+            f"stack {item.stack.name}: the approximation does not fit the stored dtype (relative error {error}); "
+            "choose a larger rank, or a checkpoint stored in bfloat16 or float32"
+        )
+    return StackReport(
+        name=item.stack.name,
+        layers=item.stack.layers,
+        roles=item.stack.roles,
+        tensors=item.stack.tensors,
+        shape=item.stack.shape,
+        rank=item.rank,
+        relative_error=error,
+        rounding_error=errors.relative_rounding(item.stack.name),
+        parameters_before=item.stack.parameters,
+        parameters_after=item.parameters_after,
+        iterations=factors.iterations,
+        converged=factors.converged,
+        seconds=round(seconds, 3),
+    )
 
 
 @dataclass(frozen=True)

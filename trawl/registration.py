@@ -31,7 +31,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds the loading code once, by the other finders, and takes itself off."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002 (the interface has it)
+        target: ModuleType | None = None,  # noqa: ARG002 (likewise)
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != LOADING_CODE:
             return None

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,7 +103,7 @@ class DenseWriter:
         """
         source = self.checkpoint.folder / shard.name
         errors = SquaredErrors()
-        slices = self._slices_by_tensor()
+        slices = self._slices_by_tensor
         if not any(info.name in slices for info in shard.tensors):
             copy_file(source, path)
             advance(shard.nbytes)
@@ -111,7 +112,7 @@ class DenseWriter:
         def parts() -> Iterator[FileRange | Tensor]:
             for info in shard.tensors:
                 if info.name in slices:
-                    yield self._replaced(info.name, slices[info.name], errors)
+                    yield self.replaced(info.name, errors)
                 else:
                     yield FileRange(source, info.start, info.stop)
                 advance(info.nbytes)
@@ -119,6 +120,7 @@ class DenseWriter:
         write_shard(path, shard.header, parts())
         return errors
 
+    @cached_property
     def _slices_by_tensor(self) -> dict[str, list[tuple[Stack, int, Placement]]]:
         """Return, per stored tensor, the slices that it holds."""
         found: dict[str, list[tuple[Stack, int, Placement]]] = defaultdict(list)
@@ -127,8 +129,14 @@ class DenseWriter:
                 found[part.tensor].append((stack, number, part))
         return found
 
-    def _replaced(self, name: str, slices: list[tuple[Stack, int, Placement]], errors: SquaredErrors) -> Tensor:
-        """Return a stored tensor with its slices multiplied out; parts of it in no stack keep their bytes."""
+    def replaced(self, name: str, errors: SquaredErrors) -> Tensor:
+        """Return a stored tensor with its slices multiplied out; parts of it in no stack keep their bytes.
+
+        Args:
+            name: the stored tensor.
+            errors: where its squared errors are added.
+        """
+        slices = self._slices_by_tensor[name]
         original = self.checkpoint.read(name)
         whole = len(slices) == 1 and slices[0][2].view.whole
         target = torch.empty(original.shape, dtype=original.dtype) if whole else original.clone()
@@ -176,9 +184,7 @@ class FactoredWriter:
                 continue
             exact = self.factors(stack.name)
             rounded = exact.to(dtype=DTYPES[described.dtype])
-            for number, part in enumerate(stack.slices):
-                original = part.view.apply(self.checkpoint.read(part.tensor))
-                errors.add(stack.name, measure(rounded, exact, number, original, self.absmax[stack.name] or 1.0))
+            measure_stack(self.checkpoint, stack, rounded, exact, self.absmax[stack.name], errors=errors)
             tensors = rounded.tensors()
             stored |= {name: tensors[factor] for factor, name in described.factor_names.items()}
 
@@ -279,6 +285,15 @@ def measure(rounded: Factors, exact: Factors, s: int, original: Tensor, scale: f
         written = stored.rows(block, transposed=False)
         total = _added(total, original[block], written, precise.rows(block, transposed=False), scale)
     return total
+
+
+def measure_stack(
+    checkpoint: Checkpoint, stack: Stack, rounded: Factors, exact: Factors, absmax: float, *, errors: SquaredErrors
+) -> None:
+    """Add the squared errors of all slices of rounded factors."""
+    for number, part in enumerate(stack.slices):
+        original = part.view.apply(checkpoint.read(part.tensor))
+        errors.add(stack.name, measure(rounded, exact, number, original, absmax or 1.0))
 
 
 def _added(total: Sums, original: Tensor, written: Tensor, exact: Tensor, scale: float) -> Sums:

@@ -110,7 +110,12 @@ def test_svd_of_a_larger_matrix_is_as_good_as_exact(shape, decay):
 
 
 @fewer
-@given(st.sampled_from(["planted", "deficient", "ill-conditioned"]), st.integers(2, 5), st.integers(1, 6), st.integers(0, 999))
+@given(
+    st.sampled_from(["planted", "deficient", "ill-conditioned"]),
+    st.integers(2, 5),
+    st.integers(1, 6),
+    st.integers(0, 999),
+)
 def test_planted_stack_is_recovered(kind, size, rank, seed):
     x = make_stack(kind, (size, 24, 18), rank, seed)
     for method in (CP(rank, tol=1e-9, n_iter_max=300), Tucker(rank)):
@@ -127,7 +132,9 @@ def test_planted_stack_is_recovered_where_modes_are_compressed():
 @given(stacks(kinds=("random",), dtypes=(torch.float32,)))
 def test_tucker_error_does_not_rise_with_rank(case):
     x, _ = case
-    errors = [quiet(Tucker(rank, tol=1e-7, n_iter_max=300), x).relative_error for rank in range(1, min(x.shape[1:]) + 1)]
+    errors = [
+        quiet(Tucker(rank, tol=1e-7, n_iter_max=300), x).relative_error for rank in range(1, min(x.shape[1:]) + 1)
+    ]
     assert all(later <= earlier + 1e-4 for earlier, later in zip(errors, errors[1:], strict=False))
 
 
@@ -284,7 +291,9 @@ def test_slices_are_read_one_at_a_time():
                 yield last
 
     for method in (CP(4), Tucker(4), Tucker((2, 4, 4))):
-        assert method.decompose(Spoiling()).relative_error == pytest.approx(decompose(x, method).relative_error, rel=1e-6)
+        assert method.decompose(Spoiling()).relative_error == pytest.approx(
+            decompose(x, method).relative_error, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -302,7 +311,9 @@ def test_blocked_products_equal_plain_ones(dtype, scale, turned):
     tolerance = {"rtol": 1e-4, "atol": 1e-4 * float(exact.abs().max()) * 40}
     torch.testing.assert_close(panel.right(v).double(), (exact @ v).T, **tolerance)
     torch.testing.assert_close(panel.left(u).double(), (exact.T @ u).T, **tolerance)
-    torch.testing.assert_close(panel.gram().double(), exact.T @ exact, rtol=1e-4, atol=1e-3 * float((exact.T @ exact).max()))
+    torch.testing.assert_close(
+        panel.gram().double(), exact.T @ exact, rtol=1e-4, atol=1e-3 * float((exact.T @ exact).max())
+    )
     assert stream.norm_squared == pytest.approx(float(exact.square().sum()), rel=1e-7)
     difference = exact - u @ torch.eye(3).double() @ v.T
     assert panel.residual_squared(u, torch.eye(3), v) == pytest.approx(float(difference.square().sum()), rel=1e-6)
@@ -319,9 +330,12 @@ def test_transposed_slices_exchange_inner_and_hidden():
 @pytest.mark.parametrize("columns", ["independent", "dependent", "zero", "graded"])
 def test_orthonormal_whatever_the_columns(columns):
     y = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    y = {"independent": y, "dependent": y[:, :1].expand(50, 8) + 0, "zero": y * 0, "graded": y * torch.logspace(0, -30, 8)}[
-        columns
-    ]
+    y = {
+        "independent": y,
+        "dependent": y[:, :1].expand(50, 8) + 0,
+        "zero": y * 0,
+        "graded": y * torch.logspace(0, -30, 8),
+    }[columns]
     q = orthonormal(y)
     torch.testing.assert_close(q.T @ q, torch.eye(8), atol=3e-6, rtol=0)
     torch.testing.assert_close(q @ (q.T @ y), y)

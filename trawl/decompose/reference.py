@@ -37,7 +37,9 @@ def reference_cp(source: SliceSource, rank: int, n_iter_max: int, tol: float, se
     stack, unit = load_stack(source)
     if not stack.any():
         size, inner, hidden = stack.shape
-        return Factors(stack.new_zeros(inner, rank), stack.new_zeros(hidden, rank), stack.new_zeros(size, rank), None, 0.0)
+        return Factors(
+            stack.new_zeros(inner, rank), stack.new_zeros(hidden, rank), stack.new_zeros(size, rank), None, 0.0
+        )
     results = []
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         for init in ("random", "svd"):

@@ -178,9 +178,7 @@ class Panel:
         if not self.by_rows:
             left, middle, right = right, middle.T, left
         across = self.like(middle) @ right.T
-        return sum(
-            sum_of_squares(torch.addmm(block, left[rows], across, alpha=-1.0)) for rows, block in self.blocks()
-        )
+        return sum(sum_of_squares(torch.addmm(block, left[rows], across, alpha=-1.0)) for rows, block in self.blocks())
 
     def _product(self, matrix: Tensor, operand: Tensor, *, along: bool, fast: bool) -> Tensor:
         """Return ``operandᵀ matrix``; blocks run ``along`` the columns of the matrix, or along its rows."""
