@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from .options import build_recipe, model_options, recipe_options, set_verbosity
+from .options import build_recipe, model_options, parse_bytes, recipe_options, set_verbosity
 
 if TYPE_CHECKING:
     from trawl.records import Report
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same recipe.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output once the new one is complete.")
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda", help="Where to decompose.")
+@click.option(
+    "--max-memory", default="0", show_default=True, metavar="4GB", help="Slices to keep in memory between passes."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show the fit after each sweep.")
 @model_options
 def compress(
@@ -29,6 +32,7 @@ def compress(
     resume: bool,
     overwrite: bool,
     device: str,
+    max_memory: str,
     verbose: bool,
     revision: str | None,
     family_file: Path | None,
@@ -56,6 +60,7 @@ def compress(
             resume=resume,
             overwrite=overwrite,
             device=device,
+            max_memory=parse_bytes(max_memory),
             observer=observer,
         )
     if as_json:

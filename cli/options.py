@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +35,7 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--seed", type=int, help="Seed of every random choice.  [default: 0]"),
     click.option("--n-iter-max", type=int, help="Cap on sweeps.  [default: the method's own]"),
     click.option("--tol", type=float, help="Change of fit under which sweeps stop.  [default: the method's own]"),
+    click.option("--compute", metavar="float32|bf16", help="bf16 speeds up the range finder, never the final error."),
     click.option("--engine", metavar="streaming|tensorly", help="tensorly holds the stack in memory, the reference."),
     click.option(
         "--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML with these options; options given win."
@@ -85,6 +87,14 @@ def parse_rank(text: str) -> int | tuple[int, ...]:
     if len(numbers) not in (1, 3):
         raise click.BadParameter(f"{text!r} has {len(numbers)} parts; expected 64 or 3,64,64", param_hint="--rank")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_bytes(text: str) -> int:
+    """Read ``4GB``, ``500MB`` or a plain number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise click.BadParameter(f"{text!r} is not a size; expected 4GB or 500MB", param_hint="--max-memory")
+    return int(float(match[1]) * 1000 ** " kMGT".upper().index(match[2].upper() or " "))
 
 
 def set_verbosity(verbose: bool) -> None:

@@ -36,7 +36,7 @@ def stacks(draw, kinds=KINDS, dtypes=DTYPES, scales=(1.0,), most=(5, 24, 18)):
 
 
 def fitting(scale: float, dtype: torch.dtype) -> float:
-    """Keep a scale within what a dtype can hold: float16 ends at 65504, some way above it, and loses digits under 6e-5."""
+    """Keep a scale within what a dtype can hold: float16 ends at 65504 and loses digits under 6e-5."""
     return min(max(scale, 0.02), 1e4) if dtype == torch.float16 else scale
 
 

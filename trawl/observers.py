@@ -10,3 +10,15 @@ Observer = Callable[[str, int, int | None], None]
 
 def silent(stage: str, done: int, total: int | None) -> None:
     """Observe nothing."""
+
+
+def slice_counter(stage: str, observer: Observer) -> Callable[[], None]:
+    """Return a function that reports one more slice each time it is called."""
+    read = 0
+
+    def count() -> None:
+        nonlocal read
+        read += 1
+        observer(stage, read, None)
+
+    return count

@@ -17,8 +17,8 @@ from trawl.checkpoint import Checkpoint
 from trawl.errors import PlanError
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
-from trawl.observers import Observer, silent
-from trawl.planning import Plan, PlannedStack, make_plan
+from trawl.observers import Observer, silent, slice_counter
+from trawl.planning import Plan, make_plan
 from trawl.recipe import Recipe
 from trawl.records import Report, read_report, report_stack, write_index, write_json, write_records
 from trawl.shards import copy_file, sealed
@@ -54,6 +54,7 @@ def compress(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    max_memory: int = 0,
     observer: Observer = silent,
 ) -> Report:
     """Decompose a checkpoint's stacks and write the denoised or the factored checkpoint.
@@ -67,6 +68,7 @@ def compress(
         resume: go on from the sealed files of an interrupted run with the same identity.
         overwrite: replace an existing OUT, which stays in place until the new one is complete.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: where stacks are decomposed.
+        max_memory: bytes of slices to keep in memory, or on the GPU, between passes, instead of reading them again.
         observer: told of progress.
     Returns: per stack shape, rank, relative error as written, parameters and seconds.
     Raises: TrawlError: before anything is written where the cause can be known before.
@@ -87,7 +89,7 @@ def compress(
     where = pick_device(device)
     absmax = check_weights(planned, observer)
     with workspace.locked(identity, resume=resume):
-        seconds = decompose_stacks(planned, workspace, absmax, where, observer)
+        seconds = decompose_stacks(planned, workspace, absmax, where, max_memory=max_memory, observer=observer)
         errors = write_shards(planned, workspace, absmax, observer)
         copy_side_files(checkpoint, workspace.staged)
         write_factored_config(planned, workspace.staged)
@@ -160,7 +162,13 @@ def check_weights(planned: Plan, observer: Observer) -> dict[str, float]:
 
 
 def decompose_stacks(
-    planned: Plan, workspace: Workspace, absmax: Mapping[str, float], device: torch.device, observer: Observer
+    planned: Plan,
+    workspace: Workspace,
+    absmax: Mapping[str, float],
+    device: torch.device,
+    *,
+    max_memory: int,
+    observer: Observer,
 ) -> dict[str, float]:
     """Decompose every stack that has no sealed factor file yet.
 
@@ -173,25 +181,12 @@ def decompose_stacks(
         if path.exists():
             continue
         started = time.perf_counter()
-        source = _observed(planned, item, absmax[item.stack.name], device, observer)
+        count = slice_counter(f"decomposing {item.stack.name}", observer)
+        source = StoredSlices(planned.checkpoint, item.stack, absmax[item.stack.name], device, count, max_memory)
         factors = planned.method.decompose(source).to(device="cpu")
         factors.balanced().save(path, {"stack": item.to_json()})
         seconds[item.stack.name] = time.perf_counter() - started
     return seconds
-
-
-def _observed(
-    planned: Plan, item: PlannedStack, absmax: float, device: torch.device, observer: Observer
-) -> StoredSlices:
-    """Return a stack's slices, reporting each one that is read."""
-    read = 0
-
-    def count() -> None:
-        nonlocal read
-        read += 1
-        observer(f"decomposing {item.stack.name}", read, None)
-
-    return StoredSlices(planned.checkpoint, item.stack, absmax, device, count)
 
 
 def factor_path(workspace: Workspace, stack: Stack) -> Path:

@@ -33,6 +33,7 @@ class Recipe(BaseModel):
         seed: of every random choice.
         n_iter_max: cap on sweeps; None takes the method's own.
         tol: change of fit under which sweeps stop; None takes the method's own.
+        compute: ``"bf16"`` lets the range finder multiply in bfloat16, where the processor is fast at it.
         engine: ``"streaming"``, or ``"tensorly"`` for the whole stack in memory, the reference.
     """
 
@@ -49,6 +50,7 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0)
     n_iter_max: int | None = Field(default=None, ge=1)
     tol: float | None = Field(default=None, ge=0)
+    compute: Literal["float32", "bf16"] = "float32"
     engine: Literal["streaming", "tensorly"] = "streaming"
 
     @field_validator("layers", mode="before")
@@ -75,7 +77,8 @@ class Recipe(BaseModel):
 
         Raises: RankError: the rank has the wrong form for the method.
         """
-        options: dict[str, Any] = {"seed": self.seed, "engine": self.engine}
+        compute = "bfloat16" if self.compute == "bf16" else self.compute
+        options: dict[str, Any] = {"seed": self.seed, "engine": self.engine, "compute": compute}
         if self.n_iter_max is not None:
             options["n_iter_max"] = self.n_iter_max
         if self.tol is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -137,6 +137,8 @@ class StoredSlices:
         absmax: largest magnitude of any entry, as :func:`scan` found it.
         device: where the computation runs; slices are copied to it one at a time.
         on_slice: called after each slice is handed out, to show progress.
+        max_memory: bytes of slices that are kept on the device after the first pass, for sources that are slow to read
+            again and for devices that are slow to copy to. The results are the same to the last bit.
     """
 
     checkpoint: Checkpoint
@@ -144,6 +146,8 @@ class StoredSlices:
     absmax: float
     device: torch.device
     on_slice: Callable[[], object] = bool
+    max_memory: int = 0
+    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -152,8 +156,17 @@ class StoredSlices:
 
     def slices(self) -> Iterator[Tensor]:
         """Make one pass over the stack."""
+        room = self.max_memory - sum(tensor.nbytes for tensor in self._kept.values())
         for number, part in enumerate(self.stack.slices):
-            if number + 1 < len(self.stack.slices):
-                self.checkpoint.prefetch(self.stack.slices[number + 1].tensor)
-            yield part.view.apply(self.checkpoint.read(part.tensor)).to(self.device)
+            following = number + 1
+            if following < len(self.stack.slices) and following not in self._kept:
+                self.checkpoint.prefetch(self.stack.slices[following].tensor)
+            tensor = self._kept.get(number)
+            if tensor is None:
+                stored = part.view.apply(self.checkpoint.read(part.tensor))
+                tensor = stored.to(self.device)
+                if tensor.nbytes <= room:
+                    self._kept[number] = tensor = stored.clone() if tensor is stored else tensor
+                    room -= tensor.nbytes
+            yield tensor
             self.on_slice()

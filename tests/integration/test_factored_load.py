@@ -232,6 +232,33 @@ def test_copies_and_pickles_own_their_factors(pair):
     assert torch.equal(outputs(model), before)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "bert"])
+def test_modules_that_read_the_same_input_are_neighbours(name, pair):
+    model = trawl.hf.load(pair(name)[0])
+    found = {
+        tuple(
+            sorted(
+                part.stack.description.slices[index].tensor.split(".", 3)[-1] for index in range(near.first, near.stop)
+            )
+        )
+        for module in factored_modules(model)
+        for part in module.parts
+        if (near := part.neighbours)
+    }
+    expected = {
+        "llama": {
+            ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+            ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        },
+        "phi3": {("self_attn.qkv_proj.weight",) * 2, ("mlp.gate_up_proj.weight",) * 2},
+        "gpt_neox": {("attention.query_key_value.weight",) * 3},
+        "bert": {tuple(f"1.attention.self.{role}.weight" for role in ("key", "query", "value"))},
+    }
+    if name == "bert":
+        found = {tuple(tensor.replace("2.", "1.") for tensor in tensors) for tensors in found}
+    assert found == expected[name]
+
+
 def test_state_dict_loads_back(pair):
     one, other = (trawl.hf.load(pair("llama", "cp")[0]) for _ in range(2))
     for parameter in other.parameters():

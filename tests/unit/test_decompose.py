@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import subprocess
@@ -135,7 +136,7 @@ def test_tucker_error_does_not_rise_with_rank(case):
     errors = [
         quiet(Tucker(rank, tol=1e-7, n_iter_max=300), x).relative_error for rank in range(1, min(x.shape[1:]) + 1)
     ]
-    assert all(later <= earlier + 1e-4 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + 1e-4 for earlier, later in itertools.pairwise(errors))
 
 
 @fewer

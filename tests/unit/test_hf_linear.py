@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from trawl.descriptor import DescribedSlice, DescribedStack, Descriptor
 from trawl.errors import LoadError, ShapeError
 from trawl.factors import Factors
-from trawl.hf.linear import NEVER, FactoredLinear, FactorStack, cheapest_order, make_part
+from trawl.hf.linear import FEW_ROWS, NEVER, FactoredLinear, FactorStack, cheapest_order, make_part, with_neighbours
 from trawl.hf.replacement import check_loaded, install, multiply_out, stacks_of
 from trawl.views import View
 
@@ -68,11 +68,12 @@ def filled(description, seed=0):
     return stack
 
 
-def make(layout, core="full", *, mixed=False, bias=True):
+def make(layout, core="full", *, mixed=False, bias=True, together=True):
     """Return a module, and the dense matrix (in, out) that it stands for."""
     views, shape, out_axis = LAYOUTS[layout]
     stack = filled(described(views, shape, core, mixed=mixed))
     parts = [make_part(stack, index, out_axis) for index in range(len(views))]
+    parts = with_neighbours(parts) if together else parts
     module = FactoredLinear(parts, out_axis, nn.Parameter(torch.randn(shape[out_axis])) if bias else None)
     factors = Factors(*(getattr(stack, name) for name in ("left", "right", "core", "stack")))
     dense = torch.full(shape, float("nan"))
@@ -95,7 +96,7 @@ CASES = [
 def test_forward_is_the_product_with_the_dense_matrix(layout, core, mixed, grad):
     module, dense = make(layout, core, mixed=mixed)
     assert (module.in_features, module.out_features) == tuple(dense.shape)
-    for batch in ((), (1, 1), (2, 7), (4000,), (0,)):  # alone, decode, prefill, enough rows to fold the core, none
+    for batch in ((), (1, 1), (2, 7), (2, FEW_ROWS), (4000,), (0,)):  # from none to enough rows to fold the core
         x = torch.randn(*batch, dense.shape[0])
         with torch.set_grad_enabled(grad):
             found = module(x)
@@ -161,28 +162,66 @@ class Products(TorchDispatchMode):
         return result
 
 
-def two_linears():
-    """Return gate and up of one stack."""
-    views = [View("inner hidden")] * 2
+def two_linears(*, together):
+    """Return gate and up of one stack, which know each other as neighbours or only share their first product."""
     slices = tuple(
         DescribedSlice(f"h.0.{name}.weight", (INNER, HIDDEN), View("inner hidden")) for name in ("gate", "up")
     )
     stack = filled(
         DescribedStack("fc.0", (2, INNER, HIDDEN), (2, 5, 3), "full", False, "F32", "h.0.trawl.fc_0", slices)
     )
-    return stack, *(FactoredLinear([make_part(stack, index, 0)], 0, None) for index in range(len(views)))
+    parts = [make_part(stack, index, 0) for index in (0, 1)]
+    if together:
+        parts = with_neighbours(parts)
+    return stack, *(FactoredLinear([part], 0, nn.Parameter(torch.randn(INNER))) for part in parts)
 
 
-def test_slices_with_the_same_input_share_the_first_product():
-    _, gate, up = two_linears()
-    x = torch.randn(1, 4, HIDDEN)
+def dense(module, x):
+    return x @ module.weight.T + module.bias
+
+
+either = pytest.mark.parametrize("together", [False, True])
+
+
+@pytest.mark.parametrize(
+    ("together", "rows", "widths"),
+    [
+        (False, 4, [3, 5, INNER, 5, INNER]),
+        (True, 4, [3, 10, INNER]),
+        (True, FEW_ROWS, [3, 10, INNER]),
+        (True, FEW_ROWS + 1, [3, 5, INNER, 5, INNER]),
+    ],
+)
+def test_slices_with_the_same_input_share_products(together, rows, widths):
+    _, gate, up = two_linears(together=together)
+    x = torch.randn(1, rows, HIDDEN)
     with torch.no_grad(), Products() as products:
-        gate(x), up(x)
-    assert [shape[-1] for shape in products.shapes] == [3, 5, INNER, 5, INNER]
+        first, second = gate(x), up(x)
+    assert [shape[-1] for shape in products.shapes] == widths
+    torch.testing.assert_close(first, dense(gate, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second, dense(up, x), rtol=1e-4, atol=1e-4)
     with torch.no_grad(), Products() as products:
         gate(x), up(x.clone())
     assert [shape[-1] for shape in products.shapes].count(3) == 2
-    torch.testing.assert_close(up(x), x @ up.weight.T)
+
+
+def test_neighbours_are_consecutive_slices_that_read_the_residual_stream():
+    views = [View("inner hidden")] * 3 + [View("hidden inner", "inner hidden")]
+    slices = tuple(
+        DescribedSlice(f"h.0.w{i}.weight", (HIDDEN, INNER) if i == 3 else (INNER, HIDDEN), view)
+        for i, view in enumerate(views)
+    )
+    stack = filled(
+        DescribedStack("fc.0", (4, INNER, HIDDEN), (4, 5, 3), "full", False, "F32", "h.0.trawl.fc_0", slices)
+    )
+    parts = [make_part(stack, index, 0) for index in range(4)]
+    found = with_neighbours(parts)
+    assert [part.index for part in found] == [0, 1, 2, 3]
+    assert found[0].neighbours is found[1].neighbours is found[2].neighbours
+    assert (found[0].neighbours.first, found[0].neighbours.stop) == (0, 3)
+    assert found[3].neighbours is None
+    assert [part.neighbours for part in with_neighbours([parts[0], parts[2]])] == [None, None]
+    assert [part.neighbours for part in with_neighbours([parts[0]])] == [None]
 
 
 def test_fused_parts_share_the_first_product_and_the_output_side_does_not():
@@ -192,44 +231,50 @@ def test_fused_parts_share_the_first_product_and_the_output_side_does_not():
     assert [shape[-1] for shape in products.shapes].count(3) == 1
 
 
+@either
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_a_changed_input_or_factor_is_never_served_an_old_product(context):
-    stack, gate, up = two_linears()
+def test_a_changed_input_or_factor_is_never_served_an_old_product(context, together):
+    stack, gate, up = two_linears(together=together)
     with context():
         x = torch.randn(4, HIDDEN)
         gate(x)
         x.mul_(2)
-        torch.testing.assert_close(up(x), x @ up.weight.T)
+        torch.testing.assert_close(up(x), dense(up, x), rtol=1e-4, atol=1e-4)
         gate(x), up(x)
         stack.right.data.mul_(3)  # seen by no version counter
         for module in (up, gate, up):
-            torch.testing.assert_close(module(x), x @ module.weight.T, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(module(x), dense(module, x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_shared_product_goes_with_its_input():
-    stack, gate, _ = two_linears()
+@either
+def test_the_shared_product_goes_with_its_input(together):
+    stack, gate, _ = two_linears(together=together)
+    shared = gate.parts[0].neighbours.shared if together else stack.of_hidden
     x = torch.randn(4, HIDDEN)
     with torch.no_grad():
         gate(x)
-    product = weakref.ref(stack.of_hidden._last[2])
+    product = weakref.ref(shared._last[2])
     reference = weakref.ref(x)
     del x
     gc.collect()
     assert reference() is None
     assert product() is None
-    assert stack.of_hidden._last is None
+    assert shared._last is None
 
 
-def test_recording_gradients_leaves_no_graph_behind():
-    stack, gate, up = two_linears()
+@either
+def test_recording_gradients_leaves_no_graph_behind(together):
+    stack, gate, up = two_linears(together=together)
     x = torch.randn(4, HIDDEN)
     for _ in range(2):  # the same input again, after the graph of the first pass is freed
         (gate(x) + up(x)).sum().backward()
     assert stack.of_hidden._last is None
+    assert not together or gate.parts[0].neighbours.shared._last is None
 
 
-def test_threads_do_not_mix_their_products():
-    _, gate, up = two_linears()
+@either
+def test_threads_do_not_mix_their_products(together):
+    _, gate, up = two_linears(together=together)
     wrong = []
 
     def work(seed):
@@ -237,7 +282,7 @@ def test_threads_do_not_mix_their_products():
         with torch.no_grad():
             for _ in range(300):
                 x = torch.randn(2, HIDDEN, generator=generator)
-                wrong.extend(seed for each in (gate, up) if not torch.allclose(each(x), x @ each.weight.T, atol=1e-4))
+                wrong.extend(seed for each in (gate, up) if not torch.allclose(each(x), dense(each, x), atol=1e-3))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -255,6 +300,9 @@ def test_copies_and_pickles_have_factors_and_no_products():
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert other.parts[0].stack.of_hidden._last is None
             assert other.parts[0].stack is other.parts[2].stack is not module.parts[0].stack
+            assert other.parts[0].neighbours is other.parts[2].neighbours
+            assert other.parts[0].neighbours.stack is other.parts[0].stack
+            assert other.parts[0].neighbours.shared._last is None
             other.parts[0].stack.left.zero_()
             torch.testing.assert_close(other(x), module.bias.expand(3, -1))
         torch.testing.assert_close(module(x), expected)

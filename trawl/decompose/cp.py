@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trawl.decompose.cp_core import solve_core
+from trawl.decompose.cp_core import CoreLimits, Triple, solve_core
 from trawl.decompose.method import (
     Compute,
     Engine,
@@ -90,8 +90,8 @@ class CP:
     def decompose(self, source: SliceSource) -> Factors:
         """Return CP factors of a stack.
 
-        Minimizes Σ_s ‖X_s − left · diag(core[s]) · rightᵀ‖²: the stack is compressed to about 2·rank columns a mode, its
-        small core decomposed, the result expanded and polished by alternating least squares on the stack itself.
+        Minimizes Σ_s ‖X_s − left · diag(core[s]) · rightᵀ‖²: the stack is compressed to about 2·rank columns a mode,
+        its small core decomposed, the result expanded and polished by alternating least squares on the stack itself.
 
         Args:
             source: the stack (S, inner, hidden).
@@ -125,31 +125,31 @@ def _streamed(method: CP, stream: Stream) -> Factors:
     trials = TRIAL_SWEEPS if core.numel() <= SMALL_CORE or missed < NEARLY_NOTHING else 0
     if size * inner * hidden <= SMALL_CORE:
         trials = method.n_iter_max
-    unit_core = (core / norm).to(core.dtype)
-    solved = solve_core(unit_core, method.rank, method.n_iter_max, method.tol, method.seed, trials)
+    limits = CoreLimits(method.n_iter_max, method.tol, trials)
+    solved = solve_core((core / norm).to(core.dtype), method.rank, limits, method.seed)
     a, b, c = (part.to(core.dtype) for part in solved.factors)
-    a, b, c = a * norm.to(core.dtype), u @ b, v @ c
+    start = (a * norm.to(core.dtype), u @ b, v @ c)
     error = math.sqrt(missed + (1.0 - missed) * solved.error**2)
     logger.info("CP core of shape %s: fit %.6f after %d sweeps", tuple(core.shape), 1.0 - error, solved.sweeps)
     if solved.sweeps and missed <= max(LOSSLESS * solved.error, ROUNDING) ** 2:
-        sweeps, converged = solved.sweeps, solved.converged  # sweeps over the stack would repeat those over its core
+        (a, b, c), sweeps, converged = (
+            start,
+            solved.sweeps,
+            solved.converged,
+        )  # sweeps over the stack would repeat these
         if not converged:
             report_cap("CP", method.n_iter_max, solved.change, method.tol)
     else:
-        a, b, c, error, sweeps, converged = _polish(method, stream, a, b, c, error)
+        (a, b, c), error, sweeps, converged = _polish(method, stream, start, error)
     if error < EXACT_BELOW:
         error = math.sqrt(stream.residual_squared(b, torch.diag_embed(a), c) / stream.norm_squared)
-    return _normalized(a / stream.scale, b, c, error, sweeps, converged)
-
-
-def _normalized(a: Tensor, b: Tensor, c: Tensor, error: float, sweeps: int, converged: bool) -> Factors:
-    """Move all scale into the core."""
     (b, b_norms), (c, c_norms) = _unit(b), _unit(c)
-    return Factors(b.contiguous(), c.contiguous(), a * b_norms * c_norms, None, error, sweeps, converged)
+    core = a * b_norms * c_norms / stream.scale
+    return Factors(b.contiguous(), c.contiguous(), core, None, error, sweeps, converged)
 
 
 def _compress(stream: Stream, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return bases (inner, s1) and (hidden, s2) of at most ``width`` columns, the core (S, s1, s2), and missed energy."""
+    """Return bases (inner, s1), (hidden, s2) of at most ``width`` columns, the core (S, s1, s2), and missed energy."""
     _, inner, hidden = stream.shape
     v = hidden_basis(stream, min(width, hidden), POWER_STEPS, seed)
     y = stream.right_products(v)  # (S, s2, inner)
@@ -165,10 +165,9 @@ def _compress(stream: Stream, width: int, seed: int) -> tuple[Tensor, Tensor, Te
     return u, v, core, missed
 
 
-def _polish(
-    method: CP, stream: Stream, a: Tensor, b: Tensor, c: Tensor, error: float
-) -> tuple[Tensor, Tensor, Tensor, float, int, bool]:
+def _polish(method: CP, stream: Stream, start: Triple, error: float) -> tuple[Triple, float, int, bool]:
     """Sweep over the stack until the change of relative error is under ``tol``."""
+    a, b, c = start
     converged, sweep, before = False, 0, error
     while sweep < method.n_iter_max and not converged:
         sweep += 1
@@ -178,7 +177,7 @@ def _polish(
         report_sweep("CP", sweep, error, before)
     if not converged:
         report_cap("CP", method.n_iter_max, before - error, method.tol)
-    return a, b, c, error, sweep, converged
+    return (a, b, c), error, sweep, converged
 
 
 def _sweep(stream: Stream, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

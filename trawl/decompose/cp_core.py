@@ -31,7 +31,23 @@ class CoreSolution:
     converged: bool
 
 
-def solve_core(core: Tensor, rank: int, n_iter_max: int, tol: float, seed: int, trial_sweeps: int) -> CoreSolution:
+@dataclass(frozen=True)
+class CoreLimits:
+    """When to stop.
+
+    Attributes:
+        n_iter_max: cap on iterations from the chosen start.
+        tol: change of relative error under which they stop.
+        trial_sweeps: iterations given to each of several starts, in float64, before the best goes on; 0 takes the one
+            start that suits trained weights.
+    """
+
+    n_iter_max: int
+    tol: float
+    trial_sweeps: int
+
+
+def solve_core(core: Tensor, rank: int, limits: CoreLimits, seed: int) -> CoreSolution:
     """Return a CP of a core.
 
     Minimizes ‖core − Σ_r a_r ∘ b_r ∘ c_r‖.
@@ -39,23 +55,20 @@ def solve_core(core: Tensor, rank: int, n_iter_max: int, tol: float, seed: int, 
     Args:
         core: (S, s1, s2), of unit norm.
         rank: number of components.
-        n_iter_max: cap on iterations from the chosen start.
-        tol: change of relative error under which they stop.
+        limits: when to stop.
         seed: for the random start.
-        trial_sweeps: iterations given to each of several starts, in float64, before the best goes on; 0 takes the one
-            start that suits trained weights.
     Cost: O(S s1 s2 rank) an iteration.
     Reference: Kolda & Bader 2009, section 3.4, doi:10.1137/07070111X
     """
-    if not trial_sweeps:
-        return _alternate(core, leading_triplets(core, rank, seed), n_iter_max, tol)
+    if not limits.trial_sweeps:
+        return _alternate(core, leading_triplets(core, rank, seed), limits.n_iter_max, limits.tol)
     exact = core.double()
     starts = [leading_triplets(exact, rank, seed), random_start(exact, rank, seed), unfolding_start(exact, rank, seed)]
     if rank <= min(core.shape[1:]):
         starts.append(pencil_start(exact, rank, seed))
-    trials = [_alternate(exact, start, trial_sweeps, tol) for start in starts]
+    trials = [_alternate(exact, start, limits.trial_sweeps, limits.tol) for start in starts]
     best = min(trials, key=lambda trial: trial.error)
-    return best if best.converged else _alternate(exact, best.factors, n_iter_max, tol)
+    return best if best.converged else _alternate(exact, best.factors, limits.n_iter_max, limits.tol)
 
 
 def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> CoreSolution:
@@ -71,7 +84,7 @@ def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> Core
                 init=(weights, list(start)),
                 return_errors=True,
             )
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             solved, errors = start, []
     a, b, c = solved
     if not all(bool(torch.isfinite(part).all()) for part in (a, b, c)):

@@ -23,8 +23,8 @@ def gaussian(rows: int, columns: int, seed: int) -> Tensor:
 def orthonormal(y: Tensor) -> Tensor:
     """Return Q (n, k) with orthonormal columns that span the columns of y (n, k), k ≤ n.
 
-    Twice through the Cholesky factor of YᵀY (CholeskyQR2), which is matrix products where Householder's QR is a sequence
-    of thin updates; the latter takes over where y is ill-conditioned, and completes the basis of dependent columns.
+    Twice through the Cholesky factor of YᵀY (CholeskyQR2), which is matrix products where Householder's QR is a
+    sequence of thin updates; the latter takes over where y is ill-conditioned, and completes dependent columns.
 
     Cost: O(n k²).
     Reference: Fukaya et al. 2014, doi:10.1109/ScalA.2014.11

@@ -76,7 +76,8 @@ class SVD:
     def decompose(self, source: SliceSource) -> Factors:
         """Return the leading singular triplets of one matrix.
 
-        ``W ≈ Σ_j σ_j u_j v_jᵀ``, σ descending, from a randomized block Krylov space of WᵀW; exact where a side is small.
+        ``W ≈ Σ_j σ_j u_j v_jᵀ``, σ descending, within a randomized block Krylov space of WᵀW; exact where a side is
+        small.
 
         Args:
             source: a stack (1, inner, hidden).

@@ -8,15 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trawl.decompose.method import (
-    Compute,
-    Engine,
-    Shape,
-    check_one,
-    check_options,
-    report_cap,
-    report_sweep,
-)
+from trawl.decompose.method import Compute, Engine, Shape, check_one, check_options, report_cap, report_sweep
 from trawl.decompose.range_finder import hidden_basis, orthonormal, row_subspace
 from trawl.decompose.reference import reference_tucker
 from trawl.decompose.source import SliceSource
@@ -27,6 +19,7 @@ from trawl.factors import Factors
 EXACT_BELOW = 0.1  # a relative error under this is measured entry by entry: 1 − kept energy has lost digits by then
 TYPICAL_SWEEPS = 6
 POWER_STEPS = 2
+PUSH_STEP, PUSH_MOST = 0.5, 0.9  # extrapolation grows while the error falls: half of the sweeps to the same error
 
 
 @dataclass(frozen=True)
@@ -92,8 +85,9 @@ class Tucker:
     def decompose(self, source: SliceSource) -> Factors:
         """Return Tucker factors of a stack.
 
-        Minimizes ‖T − core ×₀ stack ×₁ left ×₂ right‖ by higher-order orthogonal iteration: with ``right`` fixed, ``left``
-        becomes the leading subspace of ``[X_1 right … X_S right]``, and the other way round.
+        Minimizes ‖T − core ×₀ stack ×₁ left ×₂ right‖ by higher-order orthogonal iteration: with ``right`` fixed,
+        ``left`` becomes the leading subspace of ``[X_1 right … X_S right]``, and the other way round; the next sweep
+        starts from an extrapolated ``right``.
 
         Args:
             source: the stack (S, inner, hidden).
@@ -139,7 +133,7 @@ def _hooi(method: Tucker, stream: Stream, ranks: Shape) -> Factors:
         before, error = error, _error(core, stream.norm_squared)
         converged = abs(before - error) < method.tol or ranks == stream.shape
         report_sweep("Tucker", sweep, error, before)
-        push = min(MAXP, push + INC) if error < before else 0.0
+        push = min(PUSH_MOST, push + PUSH_STEP) if error < before else 0.0
         ahead = _extrapolate(last, v, push)
     if not converged:
         report_cap("Tucker", method.n_iter_max, before - error, method.tol)
@@ -153,12 +147,6 @@ def _hooi(method: Tucker, stream: Stream, ranks: Shape) -> Factors:
 def _mix(products: Tensor, mixing: Tensor | None) -> Tensor:
     """Compress the leading, stack, axis of products."""
     return products if mixing is None else torch.tensordot(mixing.T, products, dims=1)
-
-
-import os
-
-MAXP = float(os.environ.get("MAXP", "0.9"))
-INC = float(os.environ.get("INC", "0.5"))
 
 
 def _extrapolate(last: Tensor, basis: Tensor, push: float) -> Tensor:

@@ -14,7 +14,7 @@ from trawl.errors import PlanError
 from trawl.factors import Factors
 from trawl.hf.quantizer import TrawlConfig, TrawlQuantizer
 from trawl.hf.replacement import install
-from trawl.observers import Observer, silent
+from trawl.observers import Observer, silent, slice_counter
 from trawl.planning import Plan, make_plan
 from trawl.recipe import Recipe
 from trawl.records import StackReport, report_stack
@@ -80,12 +80,8 @@ def _decompose(
     for item in planned.stacks:
         name = item.stack.name
         device = planned.checkpoint.read(item.stack.tensors[0]).device
-        started, read = time.perf_counter(), [0]
-
-        def count(stage: str = f"decomposing {name}", read: list[int] = read) -> None:
-            read[0] += 1
-            observer(stage, read[0], None)
-
+        started = time.perf_counter()
+        count = slice_counter(f"decomposing {name}", observer)
         source = StoredSlices(planned.checkpoint, item.stack, absmax[name], device, count)
         factors[name] = planned.method.decompose(source).balanced()
         seconds[name] = time.perf_counter() - started

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from trawl.errors import ShapeError
 from trawl.factors import Factors
 from trawl.views import View, parse, solve
 
-NEVER = 1 << 62  # a number of tokens that no batch has
+NEVER = 1 << 62  # a number of rows that no input has
+FEW_ROWS = 64  # up to here reading the factors takes longer than multiplying, so neighbours are computed together
 
 
 def version_of(x: Tensor) -> int:
@@ -25,8 +26,17 @@ def version_of(x: Tensor) -> int:
     return x._version  # noqa: SLF001 (torch has no public name for it)
 
 
+def may_share(x: Tensor) -> bool:
+    """Tell whether products of an input may be kept for other slices.
+
+    They are not where gradients are recorded, because that would keep the graph alive; for inference tensors, whose
+    changes cannot be seen; and under torch.compile, which does not trace weak references.
+    """
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference())
+
+
 class SharedProduct:
-    """The last first product of a stack, for the other slices that are given the same input.
+    """The last product of an input with factors, for the other slices that are given the same input.
 
     It is found by the identity and version of the input, which it does not keep alive, and is handed to each reader
     once: a reader that asks again is in a new pass, in which factors may have changed. Copies and pickles are empty.
@@ -79,8 +89,8 @@ class FactorStack(nn.Module):
             self.register_parameter("stack", None)
         self.of_hidden, self.of_inner = SharedProduct(), SharedProduct()
 
-    def middle(self, index: int) -> Tensor:
-        """Return M of one slice, (r,) or (r1, r2)."""
+    def middle(self, index: int | slice) -> Tensor:
+        """Return M of one slice, (r,) or (r1, r2), or of a range of slices, with one axis more."""
         if self.stack is None:
             return self.core[index]
         mixed: Tensor = torch.tensordot(self.stack[index], self.core, dims=1)
@@ -97,11 +107,10 @@ class FactorStack(nn.Module):
     def first_product(self, x: Tensor, *, of_hidden: bool, reader: object) -> Tensor:
         """Return ``x · right`` (of_hidden) or ``x · left``, shared between the slices that are given the same ``x``.
 
-        Under torch.compile common subexpressions are found by the compiler. Nothing is shared where gradients are
-        recorded, because that would keep the graph alive, or for inference tensors, whose changes cannot be seen.
+        Under torch.compile common subexpressions are found by the compiler.
         """
         factor = self.right if of_hidden else self.left
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference():
+        if not may_share(x):
             return x @ factor
         shared = self.of_hidden if of_hidden else self.of_inner
         product = shared.get(x, reader)
@@ -138,6 +147,44 @@ class Placement:
 
 
 @dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Slices of one stack whose modules read the same input in turn: q, k and v, or gate and up, of one layer.
+
+    For a few rows their outputs are computed at once when the first of them asks, so that every factor is read from
+    memory once, and with fewer calls.
+
+    Attributes:
+        stack: their factors.
+        first: index of the first slice.
+        stop: index after the last.
+        shared: the outputs that are left for the others.
+    """
+
+    stack: FactorStack
+    first: int
+    stop: int
+    shared: SharedProduct
+
+    def output(self, x: Tensor, part: Part) -> Tensor:
+        """Return ``x Wᵀ`` of one of the slices, (..., inner)."""
+        outputs = self.shared.get(x, part)
+        if outputs is None:
+            outputs = self._outputs(x.reshape(-1, x.shape[-1]))
+            self.shared.put(x, part, outputs)
+        return outputs[:, part.index - self.first].reshape(*x.shape[:-1], outputs.shape[-1])
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """Return the outputs of all slices, (rows, slices, inner), for an input (rows, hidden)."""
+        product = x @ self.stack.right  # (rows, r2)
+        middle = self.stack.middle(slice(self.first, self.stop))
+        if middle.dim() == 2:
+            product = product[:, None] * middle
+        else:
+            product = functional.linear(product, middle.flatten(0, 1)).reshape(-1, *middle.shape[:2])
+        return functional.linear(product, self.stack.left)
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """One slice of a module: which factors, read from which side, and where its outputs go.
 
@@ -149,6 +196,7 @@ class Part:
         placement: where the outputs go.
         fold_from: number of input rows from which one factor is multiplied with the core first.
         fold_last: whether that factor is the last one.
+        neighbours: the slices that it is computed together with, where there are any.
     """
 
     stack: FactorStack
@@ -158,6 +206,7 @@ class Part:
     placement: Placement
     fold_from: int
     fold_last: bool
+    neighbours: Neighbours | None = None
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x · W`` for the slice in its direction, plus a bias, in the cheapest order of the factors.
@@ -168,6 +217,13 @@ class Part:
         Returns: (..., out), in canonical order.
         Cost: x times in · r + r · r' + r' · out operations a row, of which the first product is shared.
         """
+        if self.neighbours is not None and x.numel() <= FEW_ROWS * x.shape[-1] and may_share(x):
+            output = self.neighbours.output(x, self)
+            return output if bias is None else output + bias
+        return self._multiply_alone(x, bias)
+
+    def _multiply_alone(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``x · W`` plus a bias for this slice, sharing its first product where that is possible."""
         stack = self.stack
         middle = stack.middle(self.index)
         last = stack.left if self.of_hidden else stack.right
@@ -217,6 +273,26 @@ def make_part(stack: FactorStack, index: int, out_axis: int) -> Part:
     (_, inner, hidden), (_, r1, r2) = stack.description.shape, stack.description.rank
     fold_from, fold_last = cheapest_order(*((hidden, r2, r1, inner) if of_hidden else (inner, r1, r2, hidden)))
     return Part(stack, index, view, of_hidden, placement, fold_from, fold_last)
+
+
+def with_neighbours(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Join the parts of one layer's attention, or of its FC, that read the same input from the same stack.
+
+    Args:
+        parts: of any modules with one parent.
+    Returns: the same parts in the same order, those with neighbours knowing them.
+    """
+    joined = []
+    for part in parts:
+        indices = sorted(other.index for other in parts if other.stack is part.stack and other.of_hidden)
+        together = len(indices) > 1 and indices[-1] - indices[0] == len(indices) - 1
+        joined.append((part, indices) if part.of_hidden and together else (part, None))
+    made = {
+        id(part.stack): Neighbours(part.stack, indices[0], indices[-1] + 1, SharedProduct())
+        for part, indices in joined
+        if indices
+    }
+    return tuple(replace(part, neighbours=made[id(part.stack)]) if indices else part for part, indices in joined)
 
 
 def cheapest_order(width_in: int, first: int, last: int, width_out: int) -> tuple[int, bool]:

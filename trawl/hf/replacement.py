@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trawl.descriptor import METHOD, Descriptor, stack_id
 from trawl.errors import LoadError, ShapeError
-from trawl.hf.linear import FactoredLinear, FactorStack, make_part
+from trawl.hf.linear import FactoredLinear, FactorStack, Part, make_part, with_neighbours
 
 OUT_AXIS = {nn.Linear: 0, Conv1D: 1}  # the stored axis of each kind of module that is its output
 
@@ -41,15 +41,7 @@ def install(model: nn.Module, descriptor: Descriptor, locate: Locate = same_name
     for described in descriptor.stacks:
         weight = found[described.slices[0].tensor][1].weight
         stacks[described.name] = FactorStack(described, weight.dtype, weight.device)
-    replacements = {}
-    for tensor, parts in descriptor.slices.items():
-        path, module = found[tensor]
-        axis = OUT_AXIS[type(module)]
-        try:
-            slices = [make_part(stacks[stack.name], index, axis) for stack, index in parts]
-        except ShapeError as e:
-            raise LoadError(f"tensor {tensor}: {e}") from e
-        replacements[path] = FactoredLinear(slices, axis, module.bias)
+    replacements = _replacements(descriptor, found, stacks)
     for described in descriptor.stacks:
         path = found[described.slices[0].tensor][0]
         _attach(model, block_of(path, described.factors), described.name, stacks[described.name])
@@ -57,6 +49,29 @@ def install(model: nn.Module, descriptor: Descriptor, locate: Locate = same_name
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement.train(model.training))
     return stacks
+
+
+def _replacements(
+    descriptor: Descriptor, found: Mapping[str, tuple[str, nn.Linear]], stacks: Mapping[str, FactorStack]
+) -> dict[str, FactoredLinear]:
+    """Build the modules to put in place, by path."""
+    by_parent: dict[str, list[tuple[str, Part]]] = {}
+    for tensor, slices in descriptor.slices.items():
+        path, module = found[tensor]
+        try:
+            made = [make_part(stacks[stack.name], index, OUT_AXIS[type(module)]) for stack, index in slices]
+        except ShapeError as e:
+            raise LoadError(f"tensor {tensor}: {e}") from e
+        by_parent.setdefault(path.rpartition(".")[0], []).extend((tensor, part) for part in made)
+    parts: dict[str, list[Part]] = {}
+    for entries in by_parent.values():
+        joined = with_neighbours([part for _, part in entries])
+        for (tensor, _), part in zip(entries, joined, strict=True):
+            parts.setdefault(tensor, []).append(part)
+    return {
+        path: FactoredLinear(parts[tensor], OUT_AXIS[type(module)], module.bias)
+        for tensor, (path, module) in found.items()
+    }
 
 
 def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate) -> tuple[str, nn.Linear]:
