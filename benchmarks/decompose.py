@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def cp_row(label: str, stack: Tensor, rank: int, repeats: int) -> Row:
     """Time CP against parafac from both of its starts."""
     runs: dict[str, Callable[[], Any]] = {"ours": lambda: decompose(stack, CP(rank))}
     for init in ("random", "svd"):
-        runs[init] = lambda init=init: parafac(stack, rank, n_iter_max=50, tol=1e-5, init=init, random_state=0)
+        runs[init] = partial(parafac, stack, rank, n_iter_max=50, tol=1e-5, init=init, random_state=0)
     results = in_turn(runs, repeats)
     measured = {}
     for init in ("random", "svd"):
@@ -144,34 +145,27 @@ def svd_rows(repeats: int) -> list[Row]:
     left = torch.randn(inner, terms, generator=random) * decay
     matrix = left @ torch.randn(terms, hidden, generator=random).T.contiguous().T
     methods: dict[str, Method] = {"default": SVD(rank), "tol 1e-2": SVD(rank, tol=1e-2)}
-    runs: dict[str, Callable[[], Any]] = {
-        name: lambda method=method: decompose(matrix, method) for name, method in methods.items()
-    }
+    runs: dict[str, Callable[[], Any]] = {name: partial(decompose, matrix, method) for name, method in methods.items()}
     runs["torch.svd_lowrank"] = lambda: torch.svd_lowrank(matrix, q=rank)
     runs["torch.linalg.svd"] = lambda: torch.linalg.svd(matrix, full_matrices=False)
     results = in_turn(runs, repeats)
     stack = matrix[None]
     errors = {name: relative_error(stack, results[name][1]) for name in methods}
     rows = []
-    for baseline, name in (
-        ("torch.linalg.svd", "default"),
-        ("torch.svd_lowrank", "default"),
-        ("torch.svd_lowrank", "tol 1e-2"),
-    ):
+    exact, randomized = "torch.linalg.svd", "torch.svd_lowrank"
+    for baseline, name in ((exact, "default"), (randomized, "default"), (randomized, "tol 1e-2")):
         seconds, (u, sigma, v) = results[baseline]
-        v = v if baseline == "torch.svd_lowrank" else v.T
-        exact = Factors(u[:, :rank], v[:, :rank], sigma[None, :rank])
+        v = v if baseline == randomized else v.T
+        theirs = Factors(u[:, :rank], v[:, :rank], sigma[None, :rank])
         work = f"SVD {rank}, {name}, {tuple(matrix.shape)}"
-        rows.append(Row(work, baseline, results[name][0], errors[name], seconds, relative_error(stack, exact)))
+        rows.append(Row(work, baseline, results[name][0], errors[name], seconds, relative_error(stack, theirs)))
     return rows
 
 
 def print_table(rows: list[Row]) -> None:
     """Print a Markdown table and the geometric means."""
-    print(
-        "| work | seconds | error | baseline | seconds | error | error − baseline's | times faster | than its faster start |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = "work", "seconds", "error", "baseline", "seconds", "error", "difference", "times faster", "faster start"
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         faster = "" if math.isnan(row.faster_start) else f"{row.faster_start:.1f}"
         print(

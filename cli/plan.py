@@ -49,6 +49,7 @@ def plan(
 
 def print_plan(planned: Plan) -> None:
     """Print the plan as a table with totals."""
+    from trawl.planning import product_seconds
     from trawl.stacking import format_layers
 
     from .console import human_bytes, print_table, times
@@ -80,5 +81,6 @@ def print_plan(planned: Plan) -> None:
         f"output {human_bytes(planned.output_bytes)} in {len(planned.checkpoint.shards)} shards, "
         f"{len(planned.changed_tensors)} of {len(planned.checkpoint.tensors)} tensors changed; "
         f"work files {human_bytes(planned.work_bytes)}; memory about {human_bytes(planned.memory)}; "
-        f"about {planned.flops / 1e9:,.0f} GFLOP"
+        f"about {planned.flops / 1e9:,.0f} GFLOP, {product_seconds(planned):.0f} s on this processor, beside reading "
+        "and writing"
     )

@@ -225,4 +225,5 @@ def _solve(gram: Tensor, right_side: Tensor) -> Tensor:
     else:
         inverse = torch.cholesky_inverse(factor)
     inverse = inverse * scale * scale[:, None]
-    return (right_side.double().T @ inverse).to(right_side.dtype)
+    factor_matrix: Tensor = (right_side.double().T @ inverse).to(right_side.dtype)
+    return factor_matrix

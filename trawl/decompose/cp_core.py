@@ -84,7 +84,7 @@ def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> Core
                 init=(weights, list(start)),
                 return_errors=True,
             )
-        except LinAlgError:
+        except RuntimeError:  # torch's LinAlgError, which it does not export to type checkers
             solved, errors = start, []
     a, b, c = solved
     if not all(bool(torch.isfinite(part).all()) for part in (a, b, c)):

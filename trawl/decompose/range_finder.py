@@ -43,7 +43,8 @@ def orthonormal(y: Tensor) -> Tensor:
 def _householder(y: Tensor) -> Tensor:
     """Orthonormalize by Householder's QR, whose Q is orthonormal whatever y is."""
     norms = torch.linalg.vector_norm(y, dim=0)
-    return torch.linalg.qr(y / torch.where(norms > 0, norms, 1.0))[0]
+    q: Tensor = torch.linalg.qr(y / torch.where(norms > 0, norms, 1.0))[0]
+    return q
 
 
 def row_subspace(
@@ -78,7 +79,7 @@ def row_subspace(
     if v.shape[1] == k:
         return v
     small = m @ v
-    return v @ torch.linalg.eigh(small.T @ small)[1][:, -k:].flip(1)
+    return v @ _leading_eigenvectors(small.T @ small, k)
 
 
 def _exact_row_subspace(m: Tensor, k: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -86,12 +87,18 @@ def _exact_row_subspace(m: Tensor, k: int, dtype: torch.dtype, seed: int) -> Ten
     rows, n = m.shape
     squared = m.to(dtype)
     if n <= rows:
-        return torch.linalg.eigh(squared.T @ squared)[1][:, -k:].flip(1).to(m.dtype)
-    vectors = torch.linalg.eigh(squared @ squared.T)[1].flip(1)[:, :k].to(m.dtype)
+        return _leading_eigenvectors(squared.T @ squared, k).to(m.dtype)
+    vectors = _leading_eigenvectors(squared @ squared.T, min(k, rows)).to(m.dtype)
     basis = m.T @ vectors
     if k > rows:
         basis = torch.cat([basis, gaussian(n, k - rows, seed).to(m)], dim=1)
     return orthonormal(basis)
+
+
+def _leading_eigenvectors(symmetric: Tensor, k: int) -> Tensor:
+    """Return eigenvectors of the k largest eigenvalues, largest first."""
+    vectors: Tensor = torch.linalg.eigh(symmetric)[1]
+    return vectors[:, -k:].flip(1)
 
 
 def hidden_basis(stream: Stream, k: int, power_steps: int, seed: int) -> Tensor:

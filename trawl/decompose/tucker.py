@@ -37,7 +37,7 @@ class Tucker:
 
     rank: int | tuple[int, int, int]
     n_iter_max: int = 50
-    tol: float = 3e-5
+    tol: float = 2e-5
     seed: int = 0
     engine: Engine = "streaming"
     compute: Compute = "float32"

@@ -28,8 +28,8 @@ def apply(model: PreTrainedModel, recipe: Recipe, *, observer: Observer = silent
     """Decompose a loaded model's weights in place.
 
     With ``write="dense"`` the weights change and the modules stay; with ``write="factored"`` linear modules are
-    replaced by FactoredLinear, and ``save_pretrained`` writes a factored folder. Either gives what ``trawl.compress`` of the
-    model's checkpoint gives when that is loaded.
+    replaced by FactoredLinear, and ``save_pretrained`` writes a factored folder. Either gives what ``trawl.compress``
+    of the model's checkpoint gives when that is loaded.
 
     Args:
         model: any transformers model of a known family, on one device; unchanged if an error is raised.
