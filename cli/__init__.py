@@ -13,6 +13,7 @@ import rich_click as click
 from .compress import compress
 from .densify import densify
 from .diff import diff
+from .eval import evaluate
 from .inspect import inspect
 from .plan import plan
 
@@ -30,7 +31,7 @@ def trawl() -> None:
     """
 
 
-for command in (inspect, plan, compress, densify, diff):
+for command in (inspect, plan, compress, densify, diff, evaluate):
     trawl.add_command(command)
 
 

@@ -15,13 +15,17 @@ from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
@@ -52,28 +56,38 @@ def log_handler() -> logging.Handler:
 
 
 @contextmanager
-def observing(quiet: bool) -> Iterator[Any]:
-    """Yield an observer of long work: a bar with rate and time left, or plain lines without a terminal."""
+def observing(quiet: bool, unit: str = "bytes") -> Iterator[Any]:
+    """Yield an observer of long work, counted in a unit: a bar with rate and time left, or plain lines without one."""
     if quiet:
         from trawl.observers import silent
 
         yield silent
     elif ERR.is_terminal:
-        with _bars() as bars:
+        with _bars(unit) as bars:
             yield bars
     else:
         yield _plain()
 
 
+class _RateColumn(ProgressColumn):
+    """How many of a unit are done in a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, once it is known."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} {self.unit}/s" if speed else "", style="progress.data.speed")
+
+
 @contextmanager
-def _bars() -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+def _bars(unit: str) -> Iterator[Any]:
+    counted: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), _RateColumn(unit))
+    if unit == "bytes":
+        counted = (DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counted, TimeRemainingColumn())
     with Progress(*columns, console=ERR, transient=True) as progress:
         tasks: dict[str, TaskID] = {}
 

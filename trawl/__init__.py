@@ -14,6 +14,7 @@ from trawl.records import Report
 from trawl.registration import register_when_needed
 
 if TYPE_CHECKING:
+    from trawl.evaluation import evaluate
     from trawl.hf.apply import apply
     from trawl.hf.load import load
 
@@ -30,6 +31,7 @@ __all__ = [
     "compress",
     "decompose",
     "densify",
+    "evaluate",
     "load",
     "plan",
 ]
@@ -49,4 +51,8 @@ def __getattr__(name: str) -> Any:
         from trawl.hf.apply import apply  # noqa: PLC0415 (likewise)
 
         return apply
+    if name == "evaluate":
+        from trawl.evaluation import evaluate  # noqa: PLC0415 (likewise)
+
+        return evaluate
     raise AttributeError(f"module 'trawl' has no attribute {name!r}")

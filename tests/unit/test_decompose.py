@@ -105,9 +105,9 @@ def test_svd_of_a_larger_matrix_is_as_good_as_exact(shape, decay):
     x = (u * sigma) @ v.T
     best = float(sigma[rank:].norm() / sigma.norm())
     factors = decompose(x, SVD(rank, tol=1e-6))
-    assert error_of(x[None], factors) == pytest.approx(best, rel=2e-3, abs=1e-6)
-    assert factors.iterations > 0
-    torch.testing.assert_close(factors.core[0], sigma[:rank], rtol=2e-2, atol=1e-6)
+    assert error_of(x[None], factors) == pytest.approx(best, rel=2e-3, abs=3e-6)
+    assert 0 < factors.iterations <= 12  # 20 blocks would span the whole space, whatever they hold
+    torch.testing.assert_close(factors.core[0], sigma[:rank], rtol=2e-2, atol=3e-6)
 
 
 @fewer
@@ -121,6 +121,21 @@ def test_planted_stack_is_recovered(kind, size, rank, seed):
     x = make_stack(kind, (size, 24, 18), rank, seed)
     for method in (CP(rank, tol=1e-9, n_iter_max=300), Tucker(rank)):
         assert error_of(x, quiet(method, x)) < 3e-6, method
+
+
+def test_tucker_of_a_larger_stack_reaches_the_reference():
+    """Sizes at which subspaces come from iteration, warm-started sweep by sweep, and not from whole Gram matrices."""
+    x = make_stack("random", (3, 420, 380), 5, 0)
+    expected = decompose(x, Tucker(100, engine="tensorly", tol=1e-6)).relative_error
+    assert decompose(x, Tucker(100, tol=1e-6)).relative_error == pytest.approx(expected, abs=1e-4)
+
+
+@fewer
+@given(st.integers(2, 5), st.integers(2, 5), st.integers(0, 999))
+def test_tucker_finds_small_directions(size, rank, seed):
+    x = make_stack("ill-conditioned", (size, 24, 18), 6, seed)
+    expected = reference_error(Tucker(rank, engine="tensorly", tol=1e-8), x)
+    assert error_of(x, quiet(Tucker(rank), x)) <= expected * 1.05 + 1e-6
 
 
 def test_planted_stack_is_recovered_where_modes_are_compressed():
@@ -328,15 +343,17 @@ def test_transposed_slices_exchange_inner_and_hidden():
     assert all(torch.equal(a.T, b) for a, b in zip(turned.slices(), x, strict=True))
 
 
-@pytest.mark.parametrize("columns", ["independent", "dependent", "zero", "graded"])
+@pytest.mark.parametrize("columns", ["independent", "close", "dependent", "zero", "graded"])
 def test_orthonormal_whatever_the_columns(columns):
     y = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    y = {
+    cases = {
         "independent": y,
+        "close": y[:, :1] + 3e-4 * y,
         "dependent": y[:, :1].expand(50, 8) + 0,
         "zero": y * 0,
         "graded": y * torch.logspace(0, -30, 8),
-    }[columns]
+    }
+    y = cases[columns]
     q = orthonormal(y)
     torch.testing.assert_close(q.T @ q, torch.eye(8), atol=3e-6, rtol=0)
     torch.testing.assert_close(q @ (q.T @ y), y)

@@ -200,9 +200,9 @@ def test_slices_with_the_same_input_share_products(together, rows, widths):
     assert [shape[-1] for shape in products.shapes] == widths
     torch.testing.assert_close(first, dense(gate, x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(second, dense(up, x), rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), Products() as products:
+    with torch.no_grad(), Products() as other:
         gate(x), up(x.clone())
-    assert [shape[-1] for shape in products.shapes].count(3) == 2
+    assert len(other.shapes) > len(products.shapes)
 
 
 def test_neighbours_are_consecutive_slices_that_read_the_residual_stream():

@@ -1,0 +1,232 @@
+"""The model under evaluation with its tokenizer, and what the two can do together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging
+
+from trawl import gguf
+from trawl.errors import LoadError, PlanError, suggestion
+from trawl.evaluation.tasks import PairsTask, Task
+from trawl.hf.load import load
+from trawl.pipeline import pick_device
+
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "f32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "f16": torch.float16,
+}
+ROLES = {
+    "decoder": "a causal language model",
+    "encoder": "an encoder, which predicts no next token",
+    "encoder-decoder": "an encoder-decoder model",
+}
+PROBE = "a b"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model and its tokenizer as one thing that reads text.
+
+    Attributes:
+        model: any transformers model.
+        tokenizer: its tokenizer.
+        context: the most tokens that the model may be fed at once; None where neither model nor tokenizer has a limit.
+        batch_tokens: padded tokens in one batch; a longer text is a batch of its own.
+    """
+
+    model: Any
+    tokenizer: Any
+    context: int | None
+    batch_tokens: int
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """Tokens that the tokenizer puts before every text, such as a beginning-of-sequence token."""
+        whole = list(self.tokenizer(PROBE)["input_ids"])
+        plain = list(self.tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start])
+        return ()
+
+    @cached_property
+    def start(self) -> tuple[int, ...]:
+        """Tokens that stand before a text of which the first token is scored.
+
+        The prefix; without one the beginning-of-sequence or the end-of-sequence token, as lm-eval does; else nothing.
+        """
+        if self.prefix:
+            return self.prefix
+        tokens = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next(((token,) for token in tokens if token is not None), ())
+
+    @cached_property
+    def padding(self) -> int:
+        """A token to fill batches with; never attended to."""
+        token = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return token if isinstance(token, int) and 0 <= token < self._vocabulary else 0
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def trims_logits(self) -> bool:
+        """Whether the model computes logits for chosen positions only."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's tokens behind the prefix, without what the tokenizer appends."""
+        ids = self.encode_plain(text)
+        return ids if self.prefix and tuple(ids[: len(self.prefix)]) == self.prefix else [*self.prefix, *ids]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return a text's tokens without any that the tokenizer adds."""
+        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if ids and max(ids) >= self._vocabulary:
+            raise PlanError(
+                f"the tokenizer does not belong to the model: it gives token {max(ids)}, "
+                f"the model has {self._vocabulary} embeddings"
+            )
+        return ids
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a context and of what continues it.
+
+        Both are tokenised as one text and cut where the context's own tokens end, so that tokens have their usual
+        place in a running text; blanks that end the context move to the continuation first. That is lm-eval's way.
+        """
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        if not kept:
+            if not self.start:
+                raise PlanError("an empty prompt needs a tokenizer with a beginning- or end-of-sequence token")
+            return list(self.start), self.encode_plain(continuation)
+        before = self.encode(kept)
+        return before, self.encode(kept + continuation)[len(before) :]
+
+
+def open_subject(
+    model: Any,
+    tasks: Sequence[Task],
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    context: int | None = None,
+    batch_tokens: int,
+) -> Subject:
+    """Load the model, unless it is loaded, and check that it can do every task.
+
+    Args: as those of :func:`trawl.evaluate`.
+    Returns: the subject.
+
+    Raises:
+        PlanError: a task needs another kind of model, or the context is beyond the model's positions.
+        LoadError: there is no such model or no tokenizer with it.
+    """
+    if isinstance(model, str | Path):
+        model, tokenizer = _load(model, tasks, tokenizer, revision=revision, dtype=dtype, device=device)
+    else:
+        if tokenizer is None:
+            raise PlanError("a loaded model needs its tokenizer; pass tokenizer=")
+        if (dtype, device, revision) != ("auto", "auto", None):
+            raise PlanError("dtype, device and revision go with a path or hub id; convert the loaded model itself")
+        check_role(_role(model, model.config), tasks)
+    limit = _position_limit(model, tokenizer)
+    if context is not None and limit is not None and context > limit:
+        raise PlanError(f"context {context} is longer than the model's {limit} positions; pass at most {limit}")
+    return Subject(model, tokenizer, context or limit, batch_tokens)
+
+
+def _load(
+    name: str | Path, tasks: Sequence[Task], tokenizer: Any, *, revision: str | None, dtype: str, device: str
+) -> tuple[Any, Any]:
+    """Load model and tokenizer; what the configuration tells is checked before any weight is read."""
+    if dtype not in DTYPES:
+        raise PlanError(f"unknown dtype {dtype!r}{suggestion(dtype, DTYPES)}; expected {', '.join(DTYPES)}")
+    chosen = pick_device(device)
+    path = Path(name)
+    if path.suffix == ".gguf":
+        path = gguf.converted(path)
+    elif revision is not None and path.exists():
+        raise LoadError(f"revision {revision} goes with a hub id; {name} is a local path")
+    if path.is_absolute() and not path.is_dir():
+        raise LoadError(f"no such folder: {path}; expected a checkpoint folder, a hub id, or a .gguf file")
+    pinned = {"revision": revision} if revision is not None else {}
+    config = AutoConfig.from_pretrained(str(path), **pinned)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None:
+        check_role(_role(named, config), tasks)
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), **pinned)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise LoadError(f"{name} has no usable tokenizer ({str(e).splitlines()[0]}); pass one in Python") from e
+    with _no_bars():
+        model: Any = load(path, dtype=DTYPES[dtype], **pinned)
+    model.to(chosen).eval()
+    check_role(_role(model, model.config), tasks)
+    return model, tokenizer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own bar, which standard error of a script or of ``--json`` has no use for."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+def _role(model: Any, config: Any) -> str:
+    """Return what a model, or its class, is: decoder, encoder, or encoder-decoder."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "encoder-decoder"
+    return "decoder" if model.can_generate() else "encoder"
+
+
+def check_role(role: str, tasks: Sequence[Task]) -> None:
+    """Raise PlanError for a task that the model class cannot do."""
+    for task in tasks:
+        needed = "encoder" if isinstance(task, PairsTask) else "decoder"
+        if role != needed:
+            other = "ppl, qa, choice or lm" if role == "decoder" else "pairs"
+            fix = "" if role == "encoder-decoder" else f"; this model can do {other} tasks"
+            wanted = "an encoder" if needed == "encoder" else "a causal language model"
+            raise PlanError(f"task {task.spec}: {task.kind} needs {wanted}, but the model is {ROLES[role]}{fix}")
+
+
+def _position_limit(model: Any, tokenizer: Any) -> int | None:
+    """Return the most positions that model and tokenizer agree on, None where there is no limit."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
+            limits.append(module.num_embeddings - reserved)
+    return min((int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=None)
