@@ -99,7 +99,7 @@ def test_plan_reads_no_weights_and_is_the_same_every_time(run, zoo, tmp_path):
     check_golden("plan_llama.json", out)
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "plan", "compress", "densify", "diff"])
+@pytest.mark.parametrize("command", ["", "inspect", "plan", "compress", "densify", "diff", "eval"])
 def test_help_is_as_it_was_reviewed(command, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "dumb")
@@ -149,7 +149,10 @@ MISTAKES = [
     (["{model}", "--rank", "4", "--roles", "gat"], "unknown role 'gat'; did you mean 'gate'"),
     (["{model}", "--rank", "4", "--method", "tuckr"], "unknown method 'tuckr'; did you mean 'tucker'"),
     (["{model}", "--rank", "4", "--group-layers", "0"], "group_layers is 0"),
-    (["{model}", "--rank", "31", "--write", "factored", "--layers", "1"], "attn-qo.1: at rank 31 .* rank up to 3\\d|factors hold"),
+    (
+        ["{model}", "--rank", "31", "--write", "factored", "--layers", "1"],
+        "attn-qo.1: at rank 31 .* rank up to 3\\d|factors hold",
+    ),
     (["{model}", "--rank", "4", "--recipe", "{tmp}/absent.yaml"], "cannot read recipe .*absent.yaml"),
     (["{model}", "--rank", "4", "--recipe", "{tmp}/bad.yaml"], "unknown key 'rnak'; did you mean 'rank'"),
     (["{model}", "--rank", "4", "--family", "{tmp}/absent.yaml"], "absent.yaml"),

@@ -5,8 +5,9 @@ import math
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from trawl.errors import PlanError
 from trawl.evaluation import ChoiceTask, HarnessTask, PairsTask, PerplexityTask, QATask, parse_task
@@ -94,6 +95,7 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_line(tmp_path):
         parse_task(f"ppl:{tmp_path / 't.txt'}")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(2, 12), st.data(), st.integers(0, 2), st.booleans())
 def test_windows_score_every_token_once_within_the_context(tokens, context, data, prefix, leads):
     prefix = min(prefix, context - 1)
@@ -134,7 +136,9 @@ def test_a_mean_has_the_standard_error_of_independent_records():
 
 
 def test_a_result_is_json_whatever_its_figures():
-    result = TaskResult("ppl:x", "ppl", (Figure("perplexity", math.inf, math.nan, False),), 1, 0, {}, scores={"a": (1.0,)})
+    result = TaskResult(
+        "ppl:x", "ppl", (Figure("perplexity", math.inf, math.nan, False),), 1, 0, {}, scores={"a": (1.0,)}
+    )
     text = json.dumps(result.to_json(), allow_nan=False)
     assert json.loads(text)["figures"] == [
         {"name": "perplexity", "value": None, "stderr": None, "higher_is_better": False}
@@ -173,9 +177,9 @@ def test_f1_counts_words_as_squad_does(text, answer, f1):
     assert token_f1(text, answer) == pytest.approx(f1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.floats(-3, 3)), min_size=2, max_size=30))
 def test_spearman_is_scipys(pairs):
-    stats = pytest.importorskip("scipy.stats")
     first, second = map(list, zip(*pairs, strict=True))
     got = spearman(first, second)
     if len(set(first)) == 1 or len(set(second)) == 1:

@@ -7,7 +7,7 @@ from trawl.evaluation.qa import check_any
 from trawl.evaluation.results import TaskResult, mean
 from trawl.evaluation.scoring import Likelihood, Request, log_likelihoods, token_counter
 from trawl.evaluation.subject import Subject
-from trawl.evaluation.tasks import Choice, ChoiceTask
+from trawl.evaluation.tasks import Choice, ChoiceTask, label
 from trawl.observers import Observer
 
 
@@ -39,7 +39,7 @@ def evaluate_choice(subject: Subject, task: ChoiceTask, *, limit: int | None = N
     total = len(task.records[:limit])
     check_any(len(kept), total, task.spec, subject)
     flat = [request for _, requests in kept for request in requests]
-    tick = token_counter(f"{task.spec}: choices", sum(len(request.inputs) for request in flat), observer)
+    tick = token_counter(f"{label(task.spec)}: choices", sum(len(request.inputs) for request in flat), observer)
     found = iter(log_likelihoods(subject, flat, tick))
     scores: dict[str, list[float]] = {"accuracy": [], "accuracy_norm": [], "log_loss": []}
     for record, requests in kept:

@@ -10,7 +10,7 @@ from typing import Any
 from trawl.errors import PlanError, suggestion
 from trawl.evaluation.results import Figure, TaskResult
 from trawl.evaluation.subject import Subject
-from trawl.evaluation.tasks import HarnessTask
+from trawl.evaluation.tasks import HarnessTask, label
 from trawl.observers import Observer
 
 BATCH = 16
@@ -41,7 +41,7 @@ def evaluate_harness(
     import lm_eval  # noqa: PLC0415 (an extra; seconds)
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415 (likewise)
 
-    observer(f"{task.spec}: lm-eval", 0, 1)
+    observer(f"{label(task.spec)}: lm-eval", 0, 1)
     manager, name = _task_manager(task)
     model = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, max_length=subject.context, batch_size=BATCH)
     try:
@@ -53,12 +53,11 @@ def evaluate_harness(
             task_manager=manager,
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
-            verbosity="ERROR",
         )
     except (OSError, ValueError, KeyError) as e:  # no network, no such data set, a broken task file
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise PlanError(f"task {task.spec}: lm-eval cannot run it: {reason}") from e
-    observer(f"{task.spec}: lm-eval", 1, 1)
+    observer(f"{label(task.spec)}: lm-eval", 1, 1)
     counts = [count["effective"] for count in found["n-samples"].values()]
     return TaskResult(
         task=task.spec,

@@ -13,7 +13,7 @@ from trawl.evaluation.qa import check_any
 from trawl.evaluation.results import Figure, TaskResult
 from trawl.evaluation.scoring import Tick, padded, token_counter
 from trawl.evaluation.subject import Subject
-from trawl.evaluation.tasks import PairsTask
+from trawl.evaluation.tasks import PairsTask, label
 from trawl.observers import Observer
 
 
@@ -40,7 +40,7 @@ def evaluate_pairs(subject: Subject, task: PairsTask, *, limit: int | None = Non
     kept = [record for record in records if record.first in fitting and record.second in fitting]
     check_any(len(kept), len(records), task.spec, subject)
     used = [text for text in texts if text in fitting]
-    tick = token_counter(f"{task.spec}: sentences", sum(len(tokens[text]) for text in used), observer)
+    tick = token_counter(f"{label(task.spec)}: sentences", sum(len(tokens[text]) for text in used), observer)
     rows = dict(zip(used, embed(subject, [tokens[text] for text in used], tick), strict=True))
     cosines = [float(torch.cosine_similarity(rows[r.first], rows[r.second], dim=0)) for r in kept]
     rho = spearman(cosines, [record.score for record in kept])

@@ -10,7 +10,7 @@ from trawl.errors import PlanError
 from trawl.evaluation.results import Figure, TaskResult
 from trawl.evaluation.scoring import Request, log_likelihoods, token_counter
 from trawl.evaluation.subject import Subject
-from trawl.evaluation.tasks import PerplexityTask
+from trawl.evaluation.tasks import PerplexityTask, label
 from trawl.observers import Observer
 
 DEFAULT_CONTEXT = 2048
@@ -97,7 +97,7 @@ def evaluate_perplexity(
         raise PlanError(f"task {task.spec}: the text has {len(ids)} token(s); nothing to score")
     requests = [_request(subject, ids, window) for window in windows]
     fed = sum(len(request.inputs) for request in requests)
-    found = log_likelihoods(subject, requests, token_counter(f"{task.spec}: windows", fed, observer))
+    found = log_likelihoods(subject, requests, token_counter(f"{label(task.spec)}: windows", fed, observer))
     losses, counts = [-item.total for item in found], [item.tokens for item in found]
     size = _bytes(subject, task.text, windows[-1].stop, len(ids))
     return TaskResult(

@@ -11,7 +11,7 @@ from trawl.errors import PlanError
 from trawl.evaluation.results import TaskResult, mean
 from trawl.evaluation.scoring import Request, greedy_continuations, log_likelihoods, token_counter
 from trawl.evaluation.subject import Subject
-from trawl.evaluation.tasks import QATask, Question
+from trawl.evaluation.tasks import QATask, Question, label
 from trawl.observers import Observer
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -43,7 +43,7 @@ def evaluate_qa(subject: Subject, task: QATask, *, limit: int | None = None, obs
     for question in task.records[:limit]:
         candidates = _requests(subject, task, question)
         longest = max(len(candidate.inputs) for candidate in candidates)
-        room = max(longest, len(candidates[0].context) + task.tokens)
+        room = max(longest, len(candidates[0].context) + task.tokens - 1)
         if subject.context is None or room <= subject.context:
             questions.append(question)
             requests.append(candidates)
@@ -51,7 +51,7 @@ def evaluate_qa(subject: Subject, task: QATask, *, limit: int | None = None, obs
     check_any(len(questions), total, task.spec, subject)
     losses, exact = _losses(subject, task, requests, observer)
     prompts = [candidates[0].context for candidates in requests]
-    tick = token_counter(f"{task.spec}: greedy answers", sum(map(len, prompts)), observer)
+    tick = token_counter(f"{label(task.spec)}: greedy answers", sum(map(len, prompts)), observer)
     texts = greedy_continuations(subject, prompts, task.tokens, tick)
     pairs = list(zip(texts, questions, strict=True))
     correct = [float(any(contains(text, answer) for answer in q.answers)) for text, q in pairs]
@@ -90,7 +90,7 @@ def _losses(
 ) -> tuple[list[float], list[float]]:
     """Return the lowest loss of each question's answers, and whether any is what the model would write."""
     flat = [request for candidates in requests for request in candidates]
-    tick = token_counter(f"{task.spec}: log-loss", sum(len(request.inputs) for request in flat), observer)
+    tick = token_counter(f"{label(task.spec)}: log-loss", sum(len(request.inputs) for request in flat), observer)
     found = iter(log_likelihoods(subject, flat, tick))
     losses, exact = [], []
     for candidates in requests:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from trawl import gguf
 from trawl.errors import LoadError, PlanError, suggestion
 from trawl.evaluation.tasks import PairsTask, Task
-from trawl.hf.load import load
+from trawl.hf.load import check_folder, load
 from trawl.pipeline import pick_device
 
 DTYPES = {
@@ -173,10 +173,8 @@ def _load(
         path = gguf.converted(path)
     elif revision is not None and path.exists():
         raise LoadError(f"revision {revision} goes with a hub id; {name} is a local path")
-    if path.is_absolute() and not path.is_dir():
-        raise LoadError(f"no such folder: {path}; expected a checkpoint folder, a hub id, or a .gguf file")
     pinned = {"revision": revision} if revision is not None else {}
-    config = AutoConfig.from_pretrained(str(path), **pinned)
+    config = _read_config(path, pinned)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if named is not None:
         check_role(_role(named, config), tasks)
@@ -190,6 +188,22 @@ def _load(
     model.to(chosen).eval()
     check_role(_role(model, model.config), tasks)
     return model, tokenizer
+
+
+def _read_config(path: Path, pinned: Mapping[str, str]) -> Any:
+    """Read a folder's or a hub id's configuration, or say in one line why there is none."""
+    if path.is_dir():
+        check_folder(path)
+    elif path.is_absolute() or len(path.parts) > 2 or path.exists():
+        raise LoadError(f"no such folder: {path}; expected a checkpoint folder, a hub id, or a .gguf file")
+    try:
+        return AutoConfig.from_pretrained(str(path), **pinned)
+    except (OSError, ValueError) as e:
+        raise LoadError(
+            f"{path} is no folder, and as a hub id gives no configuration: {str(e).strip().splitlines()[0]}"
+            if not path.is_dir()
+            else f"{path / 'config.json'}: {str(e).strip().splitlines()[0]}"
+        ) from e
 
 
 @contextmanager

@@ -96,6 +96,12 @@ class HarnessTask:
     fewshot: int | None = None
 
 
+def label(spec: str) -> str:
+    """Return a SPEC short enough for a progress line: without folder and options."""
+    kind, _, rest = spec.partition(":")
+    return f"{kind}:{Path(rest.partition('?')[0]).name}"
+
+
 Task: TypeAlias = PerplexityTask | QATask | ChoiceTask | PairsTask | HarnessTask
 
 
