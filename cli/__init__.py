@@ -44,7 +44,8 @@ def main() -> None:
         e.show()
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; finished stacks are kept in OUT.partial, go on with --resume", err=True)
+        kept = "; finished stacks are kept in OUT.partial, go on with --resume" if "compress" in sys.argv[1:2] else ""
+        click.echo(f"interrupted{kept}", err=True)
         sys.exit(130)
     except Exception as e:  # noqa: BLE001 (the end of the line: what is not expected is shown whole)
         if debug or not _is_expected(e):

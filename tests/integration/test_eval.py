@@ -252,6 +252,7 @@ def test_pairs_are_those_of_each_sentence_alone(name, plain, files):
     found = embed(Subject(model, plain, None, 50), rows, id)
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-5, rtol=1e-5)
     (result,) = trawl.evaluate(model, f"pairs:{files / 'pairs.jsonl'}", tokenizer=plain)
+    assert result.settings["context"] == {"bert": 64, "roberta": 63}[name]  # RoBERTa's positions begin after padding's
     rho = result.figure("spearman").value
     assert -1 <= rho <= 1
     assert result.figure("spearman").stderr == pytest.approx((1 - rho**2) * math.sqrt((1 + rho**2 / 2) / 5))
