@@ -3,9 +3,9 @@
     python benchmarks/growth.py --out docs/growth.png
 
 Stacks are random with a nearly flat spectrum, as trained weights have it, (S, 1536, 576) in float32: 3 slices a layer
-for 1 to 16 layers at rank 64, and 4 layers at ranks 16 to 256. Each point decomposes in a process of its own with sweeps
-capped at 5, so that every point makes the same number of passes; memory is the growth of its anonymous memory over the
-state just before, and the stack itself is memory-mapped.
+for 1 to 16 layers at rank 64, and 4 layers at ranks 16 to 256. Each point decomposes in a process of its own with
+sweeps capped at 5, so that every point makes the same number of passes; memory is the growth of its anonymous memory
+over the state just before, and the stack itself is memory-mapped.
 """
 
 from __future__ import annotations

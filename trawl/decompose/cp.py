@@ -33,6 +33,7 @@ TRIAL_SWEEPS = 12  # for each of several starts; the best is then known
 NEARLY_NOTHING = 1e-2  # of the energy missed by the compression: the stack may have exactly this structure
 LOSSLESS = 0.1  # of the core's error: less lost by the compression cannot be won back by sweeps over the stack
 ROUNDING = 1e-6
+TYPICAL_CORE_SWEEPS = 20
 TYPICAL_SWEEPS = 8
 POWER_STEPS = 1
 
@@ -78,8 +79,9 @@ class CP:
         return sum(shape) * self.rank
 
     def flops(self, shape: Shape) -> int:
-        """Floating-point operations of a typical run: the compression, then sweeps of two thin products a slice."""
-        return 4 * math.prod(shape) * self.rank * (TYPICAL_SWEEPS + (POWER_STEPS + 2) * COMPRESSION)
+        """Floating-point operations of a typical run: the compression, the core's sweeps, two thin products a slice."""
+        core = 6 * shape[0] * (COMPRESSION * self.rank) ** 2 * self.rank * TYPICAL_CORE_SWEEPS
+        return core + 4 * math.prod(shape) * self.rank * (TYPICAL_SWEEPS + (POWER_STEPS + 2) * COMPRESSION)
 
     def working_set(self, shape: Shape) -> int:
         """Peak bytes beside the slices: the compressed slices, the core, and the factors."""
@@ -97,7 +99,8 @@ class CP:
             source: the stack (S, inner, hidden).
         Returns: left (inner, rank) and right (hidden, rank) with unit columns, core (S, rank).
         Raises: RankError: rank is below 1 or above ``max_rank``. ShapeError: the stack holds NaN or Inf.
-        Cost: O(S inner hidden rank) a sweep; peak O(S inner rank) and one block of a slice.
+        Cost: O(S inner hidden rank) a sweep over the stack and O(S rank³) one over the core; peak O(S inner rank) and
+        one block of a slice.
         Reference: Bro & Andersson 1998, doi:10.1016/S0169-7439(98)00011-2; Kolda & Bader 2009, section 3.4,
         doi:10.1137/07070111X
         """
