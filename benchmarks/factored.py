@@ -4,8 +4,8 @@
 
 All FC stacks become Tucker [3, r, r], one stack a layer, at the rank that keeps half of their parameters. The dense
 side is ``--write dense`` of the same recipe, so that both compute the same function. Speeds are medians of runs that
-alternate between the two. The attainable ratio beside them is what bytes (decode) and multiplications (prefill) allow:
-weights read once a token, and products in the order that the modules take.
+alternate between the two, without gradients, as generate runs. The attainable ratio beside them is what bytes (decode)
+and multiplications (prefill) allow: weights read once a token, and products in the order that the modules take.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def logits_difference(one: PreTrainedModel, other: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Return the largest difference of logits, relative to their range."""
-    with torch.inference_mode():
+    with torch.no_grad():
         a, b = one(tokens).logits.float(), other(tokens).logits.float()
     return float((a - b).abs().max() / (b.max() - b.min()))
 
@@ -82,7 +82,7 @@ def logits_difference(one: PreTrainedModel, other: PreTrainedModel, tokens: torc
 def prefill(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Return tokens a second through the layers, with the logits of the last token only, as generate does it."""
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.no_grad():
         model(tokens, logits_to_keep=1)
     return tokens.shape[1] / (time.perf_counter() - started)
 
@@ -90,7 +90,7 @@ def prefill(model: PreTrainedModel, tokens: torch.Tensor) -> float:
 def decode(model: PreTrainedModel, tokens: torch.Tensor) -> float:
     """Return generated tokens a second at batch 1, after a prompt of 16 tokens."""
     prompt = tokens[:, :16]
-    with torch.inference_mode():
+    with torch.no_grad():
         first = model(prompt, use_cache=True)
         cache, token = first.past_key_values, first.logits[:, -1:].argmax(-1)
         started = time.perf_counter()

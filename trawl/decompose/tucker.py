@@ -77,10 +77,10 @@ class Tucker:
         return 2 * math.prod(shape) * ((r1 + r2) * TYPICAL_SWEEPS + 2 * (POWER_STEPS + 1) * r2)
 
     def working_set(self, shape: Shape) -> int:
-        """Peak bytes beside the slices: all ``X_s right``, one product being copied into them, and the factors."""
+        """Peak bytes beside the slices: all products of a half sweep, twice over while a subspace is found in them."""
         size, inner, hidden = shape
         _, r1, r2 = self.ranks(shape)
-        return 4 * (2 * size * max(inner * r2, hidden * r1) + 4 * (inner * r1 + hidden * r2))
+        return 4 * (4 * size * max(inner * r2, hidden * r1) + 4 * (inner * r1 + hidden * r2))
 
     def decompose(self, source: SliceSource) -> Factors:
         """Return Tucker factors of a stack.
