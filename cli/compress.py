@@ -98,5 +98,6 @@ def print_report(report: Report) -> None:
     if report.weak_stacks:
         click.echo(f"warning: {weak_warning(report)}")
     rounding = max(stack.rounding_error for stack in report.stacks)
-    click.echo(f"rounding to the stored dtype moved no stack by more than {rounding:.1e} of its norm")
+    if rounding:
+        click.echo(f"rounding to the stored dtype moved no stack by more than {rounding:.1e} of its norm")
     click.echo(f"wrote {report.out} in {report.seconds:.1f} s")
