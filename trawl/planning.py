@@ -222,7 +222,7 @@ def break_even(recipe: Recipe, stack: Stack) -> str:
     """Say up to which rank a stack's factors are smaller than its matrices."""
     if not isinstance(recipe.rank, int):
         return "lower the ranks"
-    low, high = 0, min(stack.shape[1:])
+    low, high = 0, recipe.rank - 1  # the rank asked for is above it
     while low < high:
         middle = (low + high + 1) // 2
         method = recipe.model_copy(update={"rank": middle}).decomposition()

@@ -151,7 +151,7 @@ MISTAKES = [
     (["{model}", "--rank", "4", "--group-layers", "0"], "group_layers is 0"),
     (
         ["{model}", "--rank", "31", "--write", "factored", "--layers", "1"],
-        "attn-qo.1: at rank 31 .* rank up to 3\\d|factors hold",
+        r"stack attn-kv\.1: at rank 31 .* 1,550 parameters, its matrices 1,024; use a rank up to 20, the break-even",
     ),
     (["{model}", "--rank", "4", "--recipe", "{tmp}/absent.yaml"], "cannot read recipe .*absent.yaml"),
     (["{model}", "--rank", "4", "--recipe", "{tmp}/bad.yaml"], "unknown key 'rnak'; did you mean 'rank'"),
