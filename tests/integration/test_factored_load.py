@@ -463,5 +463,9 @@ def test_a_factor_that_did_not_arrive_is_an_error(pair, tmp_path, monkeypatch):
 
 
 def test_registering_twice_does_no_harm():
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
     trawl.hf.register()
     trawl.hf.register()
+    assert AUTO_QUANTIZER_MAPPING["trawl"] is trawl.hf.TrawlQuantizer
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["trawl"] is trawl.hf.TrawlConfig
