@@ -99,7 +99,7 @@ def outputs(model, tokens=TOKENS):
 
 
 def close(one, other, tolerance=1e-4):
-    assert (one - other).abs().max() <= tolerance * (other.max() - other.min())
+    assert (one - other).abs().max() <= tolerance * other.abs().max()  # two classes of a new head may lie close
 
 
 AUTO = [
