@@ -16,6 +16,7 @@ from .diff import diff
 from .eval import evaluate
 from .inspect import inspect
 from .plan import plan
+from .report import report
 
 __all__ = ["main", "trawl"]
 
@@ -31,7 +32,7 @@ def trawl() -> None:
     """
 
 
-for command in (inspect, plan, compress, densify, diff, evaluate):
+for command in (inspect, plan, compress, densify, diff, evaluate, report):
     trawl.add_command(command)
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 @click.option(
     "--max-memory", default="0", show_default=True, metavar="4GB", help="Slices to keep in memory between passes."
 )
+@click.option(
+    "--factors", type=click.Path(path_type=Path), help="Factor library of a sweep to take factors from, not decompose."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show the fit after each sweep.")
 @model_options
 def compress(
@@ -33,6 +36,7 @@ def compress(
     overwrite: bool,
     device: str,
     max_memory: str,
+    factors: Path | None,
     verbose: bool,
     revision: str | None,
     family_file: Path | None,
@@ -61,6 +65,7 @@ def compress(
             overwrite=overwrite,
             device=device,
             max_memory=parse_bytes(max_memory),
+            factors=factors,
             observer=observer,
         )
     if as_json:

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from trawl.checkpoint import Checkpoint
 from trawl.errors import PlanError
+from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
 from trawl.observers import Observer, silent, slice_counter
@@ -55,6 +55,7 @@ def compress(
     overwrite: bool = False,
     device: str = "auto",
     max_memory: int = 0,
+    factors: str | Path | None = None,
     observer: Observer = silent,
 ) -> Report:
     """Decompose a checkpoint's stacks and write the denoised or the factored checkpoint.
@@ -69,6 +70,7 @@ def compress(
         overwrite: replace an existing OUT, which stays in place until the new one is complete.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: where stacks are decomposed.
         max_memory: bytes of slices to keep in memory, or on the GPU, between passes, instead of reading them again.
+        factors: a factor library, such as a sweep leaves, to take every stack's factors from in place of decomposing.
         observer: told of progress.
     Returns: per stack shape, rank, relative error as written, parameters and seconds.
     Raises: TrawlError: before anything is written where the cause can be known before.
@@ -79,7 +81,8 @@ def compress(
     checkpoint = open_checkpoint(model, revision)
     planned = make_plan(checkpoint, recipe, family_file)
     workspace = Workspace(Path(out) if out is not None else default_out(planned))
-    identity = run_identity(planned)
+    library = FactorLibrary.open(Path(factors)) if factors is not None else None
+    identity = run_identity(planned, library)
     if resume and (finished := read_report(workspace.out, identity)):
         LOG.warning("%s is complete already; nothing to resume", workspace.out)
         return finished
@@ -89,7 +92,7 @@ def compress(
     where = pick_device(device)
     absmax = check_weights(planned, observer)
     with workspace.locked(identity, resume=resume):
-        seconds = decompose_stacks(planned, workspace, absmax, where, max_memory=max_memory, observer=observer)
+        seconds = decompose_stacks(planned, workspace, absmax, where, library, max_memory=max_memory, observer=observer)
         errors = write_shards(planned, workspace, absmax, observer)
         copy_side_files(checkpoint, workspace.staged)
         write_factored_config(planned, workspace.staged)
@@ -128,19 +131,22 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def run_identity(planned: Plan) -> dict[str, Any]:
-    """Return what an output depends on; two runs with equal identities may share sealed files."""
-    return {
+def run_identity(planned: Plan, library: FactorLibrary | None) -> dict[str, Any]:
+    """Return what an output depends on; two runs with equal identities may share sealed files.
+
+    Raises: PlanError: the library has no factors of a stack. LoadError: a file there is damaged.
+    """
+    identity: dict[str, Any] = {
         "source": planned.checkpoint.fingerprint,
         "recipe": planned.recipe.model_dump(mode="json"),
         "stacks": [planned.stack.name for planned in planned.stacks],
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide the output's bytes."""
-    return {"trawl": version("trawl-llm"), "torch": torch.__version__, "tensorly": version("tensorly")}
+    if library:
+        identity["factors"] = {
+            item.stack.name: digest(library.load(library.find(planned, item))) for item in planned.stacks
+        }
+    return identity
 
 
 def check_weights(planned: Plan, observer: Observer) -> dict[str, float]:
@@ -166,19 +172,23 @@ def decompose_stacks(
     workspace: Workspace,
     absmax: Mapping[str, float],
     device: torch.device,
+    library: FactorLibrary | None,
     *,
     max_memory: int,
     observer: Observer,
 ) -> dict[str, float]:
-    """Decompose every stack that has no sealed factor file yet.
+    """Seal the factors of every stack that has no factor file yet: those of the library, or decomposed here.
 
-    Returns: seconds by stack; 0 for one that was sealed before.
+    Returns: seconds by stack; 0 for one that was sealed before or comes from the library.
     """
     seconds: dict[str, float] = {}
     for item in planned.stacks:
         path = factor_path(workspace, item.stack)
         seconds[item.stack.name] = 0.0
         if path.exists():
+            continue
+        if library:
+            library.load(library.find(planned, item)).save(path, {"stack": item.to_json()})
             continue
         started = time.perf_counter()
         count = slice_counter(f"decomposing {item.stack.name}", observer)

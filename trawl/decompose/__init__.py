@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trawl.decompose.cp import CP
 from trawl.decompose.method import Method
+from trawl.decompose.nesting import Rank, nested_chain
 from trawl.decompose.source import SliceSource, TensorSlices
 from trawl.decompose.spectrum import Spectrum, spectrum
 from trawl.decompose.svd import SVD
@@ -19,7 +20,19 @@ from trawl.decompose.tucker import Tucker
 from trawl.errors import ShapeError
 from trawl.factors import Factors
 
-__all__ = ["CP", "SVD", "Method", "SliceSource", "Spectrum", "TensorSlices", "Tucker", "decompose", "spectrum"]
+__all__ = [
+    "CP",
+    "SVD",
+    "Method",
+    "Rank",
+    "SliceSource",
+    "Spectrum",
+    "TensorSlices",
+    "Tucker",
+    "decompose",
+    "nested_chain",
+    "spectrum",
+]
 
 
 def decompose(x: Tensor, method: Method) -> Factors:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from trawl.decompose.cp_core import CoreLimits, Triple, solve_core
+from trawl.decompose.cp_core import CoreLimits, CoreSolution, Triple, core_error, leading_triplets, solve_core
 from trawl.decompose.method import (
     Compute,
     Engine,
     Shape,
     check_one,
     check_options,
+    check_start,
     logger,
     report_cap,
     report_sweep,
 )
 from trawl.decompose.range_finder import hidden_basis, row_subspace, sum_up
 from trawl.decompose.reference import reference_cp
-from trawl.decompose.source import SliceSource
+from trawl.decompose.source import SliceSource, TensorSlices
 from trawl.decompose.streaming import Stream, TransposedSlices
-from trawl.decompose.svd import SVD, truncated_svd
+from trawl.decompose.svd import SVD, cut_svd, truncated_svd
+from trawl.errors import RankError
 from trawl.factors import Factors
 
 EXACT_BELOW = 0.1
@@ -31,8 +34,10 @@ COMPRESSION = 2  # columns of the compressing bases for each CP component
 SMALL_CORE = 1 << 16  # entries up to which float64 and several starts cost less than one read of the stack
 TRIAL_SWEEPS = 12  # for each of several starts; the best is then known
 NEARLY_NOTHING = 1e-2  # of the energy missed by the compression: the stack may have exactly this structure
+CORE_TOL = 0.1  # of tol, for sweeps over a core that start from a smaller CP: they cost little
 LOSSLESS = 0.1  # of the core's error: less lost by the compression cannot be won back by sweeps over the stack
 ROUNDING = 1e-6
+PUSH_STEP, PUSH_MOST = 0.5, 0.9  # extrapolation grows while the error falls: half of the sweeps to the same error
 TYPICAL_CORE_SWEEPS = 20
 TYPICAL_SWEEPS = 8
 POWER_STEPS = 1
@@ -89,7 +94,7 @@ class CP:
         width = COMPRESSION * self.rank
         return 4 * (2 * size * inner * width + size * width**2 + 6 * (inner + hidden) * self.rank)
 
-    def decompose(self, source: SliceSource) -> Factors:
+    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
         """Return CP factors of a stack.
 
         Minimizes Σ_s ‖X_s − left · diag(core[s]) · rightᵀ‖²: the stack is compressed to about 2·rank columns a mode,
@@ -97,8 +102,11 @@ class CP:
 
         Args:
             source: the stack (S, inner, hidden).
+            start: its CP at a smaller rank: those components, and as new ones the leading triplets of what they leave
+                of the core, are where sweeps begin. Of one slice, its SVD at a larger rank, which is cut.
         Returns: left (inner, rank) and right (hidden, rank) with unit columns, core (S, rank).
-        Raises: RankError: rank is below 1 or above ``max_rank``. ShapeError: the stack holds NaN or Inf.
+        Raises: RankError: rank is below 1 or above ``max_rank``, or below start's. ShapeError: the stack holds NaN or
+            Inf.
         Cost: O(S inner hidden rank) a sweep over the stack and O(S rank³) one over the core; peak O(S inner rank) and
         one block of a slice.
         Reference: Bro & Andersson 1998, doi:10.1016/S0169-7439(98)00011-2; Kolda & Bader 2009, section 3.4,
@@ -106,17 +114,25 @@ class CP:
         """
         shape = source.shape
         self.check_rank(shape, f"stack of shape {shape}")
+        if start is not None:
+            check_start(start, shape, self.engine, core_axes=2)
         if self.engine == "tensorly":
             return reference_cp(source, self.rank, self.n_iter_max, self.tol, self.seed)
         if shape[0] == 1:  # a CP of one slice is its truncated SVD
+            if start is not None:
+                return cut_svd(start, self.rank)
             return truncated_svd(source, SVD(self.rank, self.n_iter_max, self.tol, self.seed, compute=self.compute))
+        if start is not None and start.rank[2] > self.rank:
+            raise RankError(f"CP factors of rank {start.rank[2]} do not fit into rank {self.rank}; give smaller ones")
         if shape[1] < shape[2]:
-            swapped = _streamed(self, Stream(TransposedSlices(source), self.compute))
+            if start is not None:
+                start = replace(start, left=start.right, right=start.left)
+            swapped = _streamed(self, Stream(TransposedSlices(source), self.compute), start)
             return replace(swapped, left=swapped.right, right=swapped.left)
-        return _streamed(self, Stream(source, self.compute))
+        return _streamed(self, Stream(source, self.compute), start)
 
 
-def _streamed(method: CP, stream: Stream) -> Factors:
+def _streamed(method: CP, stream: Stream, neighbour: Factors | None) -> Factors:
     """Compress, decompose the core, expand and polish; inner ≥ hidden."""
     size, inner, hidden = stream.shape
     if stream.empty:
@@ -125,25 +141,25 @@ def _streamed(method: CP, stream: Stream) -> Factors:
         return Factors(b, c, a, None, 0.0, 0, True)
     u, v, core, missed = _compress(stream, COMPRESSION * method.rank, method.seed)
     norm = torch.linalg.vector_norm(core.double())
-    trials = TRIAL_SWEEPS if core.numel() <= SMALL_CORE or missed < NEARLY_NOTHING else 0
-    if size * inner * hidden <= SMALL_CORE:
-        trials = method.n_iter_max
-    limits = CoreLimits(method.n_iter_max, method.tol, trials)
-    solved = solve_core((core / norm).to(core.dtype), method.rank, limits, method.seed)
+    unit_core = (core / norm).to(core.dtype)
+    small = core.numel() <= SMALL_CORE
+    if neighbour is None or (missed < NEARLY_NOTHING and (small or v.shape[1] < hidden)):
+        trials = TRIAL_SWEEPS if small or missed < NEARLY_NOTHING else 0
+        trials = method.n_iter_max if size * inner * hidden <= SMALL_CORE else trials
+        solved = solve_core(unit_core, method.rank, CoreLimits(method.n_iter_max, method.tol, trials), method.seed)
+    else:
+        solved = _extend(unit_core, _within(neighbour, u, v, stream.scale / float(norm)), method)
     a, b, c = (part.to(core.dtype) for part in solved.factors)
     start = (a * norm.to(core.dtype), u @ b, v @ c)
     error = math.sqrt(missed + (1.0 - missed) * solved.error**2)
     logger.info("CP core of shape %s: fit %.6f after %d sweeps", tuple(core.shape), 1.0 - error, solved.sweeps)
     if solved.sweeps and missed <= max(LOSSLESS * solved.error, ROUNDING) ** 2:
-        (a, b, c), sweeps, converged = (
-            start,
-            solved.sweeps,
-            solved.converged,
-        )  # sweeps over the stack would repeat these
+        (a, b, c), sweeps, converged = start, solved.sweeps, solved.converged  # sweeps over the stack repeat these
         if not converged:
             report_cap("CP", method.n_iter_max, solved.change, method.tol)
     else:
-        (a, b, c), error, sweeps, converged = _polish(method, stream, start, error)
+        push_step = 0.0 if neighbour is None else PUSH_STEP
+        (a, b, c), error, sweeps, converged = _polish(method, stream, start, error, push_step)
     if error < EXACT_BELOW:
         error = math.sqrt(stream.residual_squared(b, torch.diag_embed(a), c) / stream.norm_squared)
     (b, b_norms), (c, c_norms) = _unit(b), _unit(c)
@@ -168,19 +184,65 @@ def _compress(stream: Stream, width: int, seed: int) -> tuple[Tensor, Tensor, Te
     return u, v, core, missed
 
 
-def _polish(method: CP, stream: Stream, start: Triple, error: float) -> tuple[Triple, float, int, bool]:
+def _within(smaller: Factors, u: Tensor, v: Tensor, scale: float) -> Triple:
+    """Return a smaller CP as one of the core that ``u`` and ``v`` compress ``scale`` times the stack to."""
+    smaller = smaller.to(dtype=u.dtype, device=u.device)
+    (b, b_norms), (c, c_norms) = _unit(u.T @ smaller.left), _unit(v.T @ smaller.right)
+    return smaller.core * scale * b_norms * c_norms, b, c
+
+
+def _extend(core: Tensor, kept: Triple, method: CP) -> CoreSolution:
+    """Return a CP of a core from some components of it; new ones begin as leading triplets of what those leave."""
+    core = core.double() if core.numel() <= SMALL_CORE else core
+    a, b, c = (part.to(core.dtype) for part in kept)
+    fresh = leading_triplets(core - (b * a[:, None, :]) @ c.T, method.rank - a.shape[1], method.seed)
+    a, b, c = (torch.cat(parts, dim=1) for parts in zip((a, b, c), fresh, strict=True))
+    error, sweep, change = core_error(core, a, b, c), 0, float("inf")
+    sweeps = _sweeps(Stream(TensorSlices(core)), (a, b, c), error, PUSH_STEP)
+    while sweep < method.n_iter_max and not abs(change) < CORE_TOL * method.tol:
+        sweep, before = sweep + 1, error
+        (a, b, c), error = next(sweeps)
+        change = before - error
+    return CoreSolution((a, b, c), core_error(core, a, b, c), sweep, change, abs(change) < method.tol)
+
+
+def _polish(
+    method: CP, stream: Stream, start: Triple, error: float, push_step: float
+) -> tuple[Triple, float, int, bool]:
     """Sweep over the stack until the change of relative error is under ``tol``."""
-    a, b, c = start
-    converged, sweep, before = False, 0, error
+    factors, converged, sweep, before = start, False, 0, error
+    sweeps = _sweeps(stream, start, error, push_step)
     while sweep < method.n_iter_max and not converged:
-        sweep += 1
-        a, b, c, energy = _sweep(stream, a, b, c)
-        before, error = error, math.sqrt(max(0.0, 1.0 - energy / stream.norm_squared))
+        sweep, before = sweep + 1, error
+        factors, error = next(sweeps)
         converged = abs(before - error) < method.tol
         report_sweep("CP", sweep, error, before)
     if not converged:
         report_cap("CP", method.n_iter_max, before - error, method.tol)
-    return (a, b, c), error, sweep, converged
+    return factors, error, sweep, converged
+
+
+def _sweeps(stream: Stream, start: Triple, error: float, push_step: float) -> Iterator[tuple[Triple, float]]:
+    """Yield factors and relative error after every sweep of alternating least squares, without end.
+
+    Each sweep begins at the last one's factors, moved on by ``push`` times their way from those before; where that
+    raises the error it is made again from the factors themselves.
+
+    Reference: Mitchell, Ye & De Sterck 2020, doi:10.1002/nla.2297
+    """
+    now, last, push = start, start, 0.0
+    while True:
+        a, b, c = (part + push * (part - before) for part, before in zip(now, last, strict=True)) if push else now
+        a, b, c, energy = _sweep(stream, a, b, c)
+        after = math.sqrt(max(0.0, 1.0 - energy / stream.norm_squared))
+        if push and not after <= error:
+            push = 0.0
+            a, b, c, energy = _sweep(stream, *now)
+            after = math.sqrt(max(0.0, 1.0 - energy / stream.norm_squared))
+        else:
+            push = min(PUSH_MOST, push + push_step)
+        now, last, error = (a, b, c), now, after
+        yield now, error
 
 
 def _sweep(stream: Stream, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:

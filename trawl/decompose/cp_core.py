@@ -90,10 +90,10 @@ def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> Core
     if not all(bool(torch.isfinite(part).all()) for part in (a, b, c)):
         (a, b, c), errors = start, []
     change = float(errors[-2] - errors[-1]) if len(errors) > 1 else float("inf")
-    return CoreSolution((a, b, c), _core_error(core, a, b, c), len(errors), change, abs(change) < tol)
+    return CoreSolution((a, b, c), core_error(core, a, b, c), len(errors), change, abs(change) < tol)
 
 
-def _core_error(core: Tensor, a: Tensor, b: Tensor, c: Tensor) -> float:
+def core_error(core: Tensor, a: Tensor, b: Tensor, c: Tensor) -> float:
     """Return ‖core − Σ_r a_r ∘ b_r ∘ c_r‖."""
     return float(torch.linalg.vector_norm((core - (b * a[:, None, :]) @ c.T).double()))
 

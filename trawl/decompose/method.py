@@ -6,7 +6,7 @@ import logging
 from typing import Literal, Protocol, get_args
 
 from trawl.decompose.source import SliceSource
-from trawl.errors import PlanError, RankError, suggestion
+from trawl.errors import PlanError, RankError, ShapeError, suggestion
 from trawl.factors import Factors
 
 logger = logging.getLogger("trawl.decompose")
@@ -19,8 +19,8 @@ Shape = tuple[int, int, int]
 class Method(Protocol):
     """A decomposition with its hyper-parameters; everything but ``decompose`` is arithmetic on shapes."""
 
-    def decompose(self, source: SliceSource) -> Factors:
-        """Stream a stack and return its factors."""
+    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
+        """Stream a stack and return its factors, found from its factors at another rank where those are given."""
 
     def ranks(self, shape: Shape) -> Shape:
         """Ranks (stack, inner, hidden) of the factors of a stack of this shape."""
@@ -57,6 +57,19 @@ def check_one(name: str, rank: int, largest: int, shape: Shape, where: str) -> N
         raise RankError(
             f"{where}: {name} {rank} is outside 1..{largest} for shape {shape}; give a rank up to {largest}"
         )
+
+
+def check_start(start: Factors, shape: Shape, engine: str, core_axes: int) -> None:
+    """Raise unless factors to start from are of this method and of a stack of this shape, and the engine takes them."""
+    if engine == "tensorly":
+        raise PlanError("engine 'tensorly' takes no factors to start from; use engine 'streaming', or leave out start")
+    if start.core.dim() != core_axes:
+        raise ShapeError(
+            f"factors to start from have a core of shape {tuple(start.core.shape)}; expected {core_axes} axes, "
+            "as factors of the same method have"
+        )
+    if start.shape != shape:
+        raise ShapeError(f"factors to start from are of shape {start.shape}; expected those of the stack, {shape}")
 
 
 def report_sweep(method: str, sweep: int, error: float, before: float) -> None:

@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trawl.decompose.method import Compute, Engine, Shape, check_one, check_options, report_cap, report_sweep
+from trawl.decompose.method import (
+    Compute,
+    Engine,
+    Shape,
+    check_one,
+    check_options,
+    check_start,
+    report_cap,
+    report_sweep,
+)
 from trawl.decompose.range_finder import OVERSAMPLING, gaussian, orthonormal
 from trawl.decompose.reference import reference_svd
 from trawl.decompose.source import SliceSource
 from trawl.decompose.streaming import Stream, TransposedSlices
-from trawl.errors import ShapeError
+from trawl.errors import RankError, ShapeError
 from trawl.factors import Factors
 
 EXACT_SIDE = 256  # a matrix with a side up to this is decomposed exactly
@@ -73,7 +82,7 @@ class SVD:
         """Peak bytes beside the matrix: the Krylov space and its image, while they grow by a block."""
         return 4 * 2 * (shape[1] + shape[2]) * block_width(self.rank) * (TYPICAL_SWEEPS + 1)
 
-    def decompose(self, source: SliceSource) -> Factors:
+    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
         """Return the leading singular triplets of one matrix.
 
         ``W ≈ Σ_j σ_j u_j v_jᵀ``, σ descending, within a randomized block Krylov space of WᵀW; exact where a side is
@@ -81,13 +90,18 @@ class SVD:
 
         Args:
             source: a stack (1, inner, hidden).
+            start: its SVD at a larger rank, which is cut; the stack is not read.
         Returns: left (inner, rank), right (hidden, rank), core (1, rank), the singular values.
-        Raises: RankError: rank is below 1 or above min(inner, hidden). ShapeError: more than one slice, NaN or Inf.
+        Raises: RankError: rank is below 1 or above min(inner, hidden), or start has fewer triplets. ShapeError: more
+            than one slice, NaN or Inf.
         Cost: O(inner hidden rank) a block; peak O((inner + hidden) rank · blocks) and one block of the matrix.
         Reference: Musco & Musco 2015, arXiv:1504.05477; Golub & Underwood 1977, doi:10.1016/B978-0-12-587260-7.50018-2
         """
         shape = source.shape
         self.check_rank(shape, f"stack of shape {shape}")
+        if start is not None:
+            check_start(start, shape, self.engine, core_axes=2)
+            return cut_svd(start, self.rank)
         if self.engine == "tensorly":
             return reference_svd(source, self.rank)
         return truncated_svd(source, self)
@@ -115,6 +129,23 @@ def truncated_svd(source: SliceSource, method: SVD) -> Factors:
         error = math.sqrt(stream.residual_squared(u, torch.diag(sigma)[None], v) / stream.norm_squared)
     core = (sigma / stream.scale)[None]
     return Factors(u.contiguous(), v.contiguous(), core, None, error, sweep, converged)
+
+
+def cut_svd(factors: Factors, rank: int) -> Factors:
+    """Return the leading triplets of a truncated SVD.
+
+    ``error² = error_larger² + Σ_dropped σ² / ‖W‖²``, with ``‖W‖² = Σ σ² / (1 − error_larger²)``: triplets within one
+    subspace, so that what is dropped is orthogonal to what stays and to what was missing before.
+    """
+    if factors.rank[2] < rank:
+        raise RankError(f"an SVD of rank {rank} cannot be cut from one of rank {factors.rank[2]}; give one as large")
+    parts = (factors.core, factors.left, factors.right)
+    energies = torch.stack([torch.linalg.vector_norm(part.double(), dim=0) for part in parts]).prod(0).square()
+    total = float(energies.sum())
+    dropped = float(energies[rank:].sum()) / total if total else 0.0
+    error = math.sqrt(factors.relative_error**2 + (1.0 - factors.relative_error**2) * dropped)
+    left, right = factors.left[:, :rank].contiguous(), factors.right[:, :rank].contiguous()
+    return replace(factors, left=left, right=right, core=factors.core[:, :rank].contiguous(), relative_error=error)
 
 
 def _block_krylov(stream: Stream, method: SVD) -> tuple[Tensor, Tensor, Tensor, float, int, bool]:

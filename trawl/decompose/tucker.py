@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from trawl.decompose.method import Compute, Engine, Shape, check_one, check_options, report_cap, report_sweep
+from trawl.decompose.method import (
+    Compute,
+    Engine,
+    Shape,
+    check_one,
+    check_options,
+    check_start,
+    report_cap,
+    report_sweep,
+)
 from trawl.decompose.range_finder import hidden_basis, orthonormal, row_subspace
 from trawl.decompose.reference import reference_tucker
 from trawl.decompose.source import SliceSource
@@ -19,6 +28,7 @@ from trawl.factors import Factors
 EXACT_BELOW = 0.1  # a relative error under this is measured entry by entry: 1 − kept energy has lost digits by then
 TYPICAL_SWEEPS = 6
 POWER_STEPS = 2
+NEAR = 0.5  # of tol: from a larger decomposition sweeps begin so near the end that each changes less
 PUSH_STEP, PUSH_MOST = 0.5, 0.9  # extrapolation grows while the error falls: half of the sweeps to the same error
 
 
@@ -82,7 +92,7 @@ class Tucker:
         _, r1, r2 = self.ranks(shape)
         return 4 * (4 * size * max(inner * r2, hidden * r1) + 4 * (inner * r1 + hidden * r2))
 
-    def decompose(self, source: SliceSource) -> Factors:
+    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
         """Return Tucker factors of a stack.
 
         Minimizes ‖T − core ×₀ stack ×₁ left ×₂ right‖ by higher-order orthogonal iteration: with ``right`` fixed,
@@ -91,8 +101,11 @@ class Tucker:
 
         Args:
             source: the stack (S, inner, hidden).
+            start: its Tucker factors at a hidden rank at least as large; sweeps begin at the leading subspace of their
+                core in place of one of the stack.
         Returns: left (inner, r1), right (hidden, r2), core (r0, r1, r2), stack (S, r0) or None where r0 = S.
-        Raises: RankError: a rank is below 1 or above the mode's size. ShapeError: the stack holds NaN or Inf.
+        Raises: RankError: a rank is below 1 or above the mode's size, or start's are smaller. ShapeError: the stack
+            holds NaN or Inf.
         Cost: O(S inner hidden (r1 + r2)) a sweep; peak O(S max(inner, hidden) r) and one block of a slice.
         Reference: De Lathauwer, De Moor & Vandewalle 2000, doi:10.1137/S0895479898346995; Kolda & Bader 2009, section
         4.2, doi:10.1137/07070111X; start: Halko, Martinsson & Tropp 2011, doi:10.1137/090771806
@@ -100,21 +113,27 @@ class Tucker:
         shape = source.shape
         self.check_rank(shape, f"stack of shape {shape}")
         ranks = self.ranks(shape)
+        if start is not None:
+            check_start(start, shape, self.engine, core_axes=3)
         if self.engine == "tensorly":
             return reference_tucker(source, ranks, self.n_iter_max, self.tol, self.seed)
         if shape[1] < shape[2]:  # the smaller side is where the start is found
-            swapped = _hooi(self, Stream(TransposedSlices(source), self.compute), (ranks[0], ranks[2], ranks[1]))
+            if start is not None:
+                start = replace(start, left=start.right, right=start.left, core=start.core.transpose(1, 2))
+            stream = Stream(TransposedSlices(source), self.compute)
+            swapped = _hooi(self, stream, (ranks[0], ranks[2], ranks[1]), start)
             core = swapped.core.transpose(1, 2).contiguous()
             return replace(swapped, left=swapped.right, right=swapped.left, core=core)
-        return _hooi(self, Stream(source, self.compute), ranks)
+        return _hooi(self, Stream(source, self.compute), ranks, start)
 
 
-def _hooi(method: Tucker, stream: Stream, ranks: Shape) -> Factors:
+def _hooi(method: Tucker, stream: Stream, ranks: Shape, start: Factors | None) -> Factors:
     """Sweep until the change of relative error is under ``tol``; inner ≥ hidden."""
     r0, r1, r2 = ranks
     if stream.empty:
         return _zero(stream, ranks)
-    v = hidden_basis(stream, r2, POWER_STEPS, method.seed)
+    tol = method.tol * (NEAR if start else 1.0)
+    v = _cut_basis(start, stream, r2) if start else hidden_basis(stream, r2, POWER_STEPS, method.seed)
     mixing: Tensor | None = None
     u: Tensor | None = None
     error, converged, sweep = float("inf"), False, 0
@@ -131,17 +150,25 @@ def _hooi(method: Tucker, stream: Stream, ranks: Shape) -> Factors:
             mixing = row_subspace(core.flatten(1).T, r0)
             core = torch.tensordot(mixing.T, core, dims=1)
         before, error = error, _error(core, stream.norm_squared)
-        converged = abs(before - error) < method.tol or ranks == stream.shape
+        converged = abs(before - error) < tol or ranks == stream.shape
         report_sweep("Tucker", sweep, error, before)
         push = min(PUSH_MOST, push + PUSH_STEP) if error < before else 0.0
         ahead = _extrapolate(last, v, push)
     if not converged:
-        report_cap("Tucker", method.n_iter_max, before - error, method.tol)
+        report_cap("Tucker", method.n_iter_max, before - error, tol)
     assert u is not None
     if error < EXACT_BELOW:
         middles = core if mixing is None else torch.tensordot(mixing, core, dims=1)
         error = math.sqrt(stream.residual_squared(u, middles, v) / stream.norm_squared)
     return Factors(u, v, core / stream.scale, mixing, error, sweep, converged)
+
+
+def _cut_basis(start: Factors, stream: Stream, rank: int) -> Tensor:
+    """Return the leading ``rank`` directions of a larger decomposition's hidden mode, by the SVD of its core."""
+    if start.rank[2] < rank:
+        raise RankError(f"Tucker factors of ranks {start.rank} have fewer than {rank} directions; give larger ones")
+    start = start.balanced().to(**stream.factor_kind())
+    return orthonormal(start.right @ row_subspace(start.core.flatten(0, 1), rank))  # (hidden, rank)
 
 
 def _mix(products: Tensor, mixing: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from trawl.views import View, parse, solve
 
 NEVER = 1 << 62  # a number of rows that no input has
 FEW_ROWS = 64  # up to here reading the factors takes longer than multiplying, so neighbours are computed together
+
+Product = TypeVar("Product")
 
 
 def version_of(x: Tensor) -> int:
@@ -35,7 +37,7 @@ def may_share(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference())
 
 
-class SharedProduct:
+class SharedProduct(Generic[Product]):
     """The last product of an input with factors, for the other slices that are given the same input.
 
     It is found by the identity and version of the input, which it does not keep alive, and is handed to each reader
@@ -45,9 +47,9 @@ class SharedProduct:
     __slots__ = ("_last",)
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, Tensor, set[object]] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, Product, set[object]] | None = None
 
-    def get(self, x: Tensor, reader: object) -> Tensor | None:
+    def get(self, x: Tensor, reader: object) -> Product | None:
         """Return the product of ``x`` that another reader has left."""
         last = self._last  # one read: another thread may replace it at any time
         if last is None or last[0]() is not x or last[1] != version_of(x) or reader in last[3]:
@@ -55,7 +57,7 @@ class SharedProduct:
         last[3].add(reader)
         return last[2]
 
-    def put(self, x: Tensor, reader: object, product: Tensor) -> None:
+    def put(self, x: Tensor, reader: object, product: Product) -> None:
         """Leave the product of ``x`` for other readers; it goes when ``x`` does."""
         self._last = weakref.ref(x, self._forget), version_of(x), product, {reader}
 
@@ -64,7 +66,7 @@ class SharedProduct:
         if (last := self._last) is not None and last[0] is reference:
             self._last = None
 
-    def __reduce__(self) -> tuple[type[SharedProduct], tuple[()]]:
+    def __reduce__(self) -> tuple[type[SharedProduct[Product]], tuple[()]]:
         return SharedProduct, ()
 
 
@@ -87,7 +89,8 @@ class FactorStack(nn.Module):
             self.register_parameter(factor, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         if not description.stack_factor:
             self.register_parameter("stack", None)
-        self.of_hidden, self.of_inner = SharedProduct(), SharedProduct()
+        self.of_hidden: SharedProduct[Tensor] = SharedProduct()
+        self.of_inner: SharedProduct[Tensor] = SharedProduct()
 
     def middle(self, index: int | slice) -> Tensor:
         """Return M of one slice, (r,) or (r1, r2), or of a range of slices, with one axis more."""
@@ -103,21 +106,6 @@ class FactorStack(nn.Module):
         mixing = None if self.stack is None else self.stack.detach()[index, None].to(dtype)  # (1, A)
         core = self.core.detach() if mixing is not None else self.core.detach()[index, None]
         return Factors(left, right, core.to(dtype), mixing).slice(0).to(self.left.dtype)
-
-    def first_product(self, x: Tensor, *, of_hidden: bool, reader: object) -> Tensor:
-        """Return ``x · right`` (of_hidden) or ``x · left``, shared between the slices that are given the same ``x``.
-
-        Under torch.compile common subexpressions are found by the compiler.
-        """
-        factor = self.right if of_hidden else self.left
-        if not may_share(x):
-            return x @ factor
-        shared = self.of_hidden if of_hidden else self.of_inner
-        product = shared.get(x, reader)
-        if product is None:
-            product = x @ factor
-            shared.put(x, reader, product)
-        return product
 
     def extra_repr(self) -> str:
         """Return the stack's name, shape and ranks."""
@@ -151,7 +139,7 @@ class Neighbours:
     """Slices of one stack whose modules read the same input in turn: q, k and v, or gate and up, of one layer.
 
     For a few rows their outputs are computed at once when the first of them asks, so that every factor is read from
-    memory once, and with fewer calls.
+    memory once, and with fewer calls: each costs more than its work once a large product has emptied the caches.
 
     Attributes:
         stack: their factors.
@@ -163,25 +151,27 @@ class Neighbours:
     stack: FactorStack
     first: int
     stop: int
-    shared: SharedProduct
+    shared: SharedProduct[tuple[Tensor, ...]]
 
     def output(self, x: Tensor, part: Part) -> Tensor:
         """Return ``x Wᵀ`` of one of the slices, (..., inner)."""
         outputs = self.shared.get(x, part)
         if outputs is None:
-            outputs = self._outputs(x.reshape(-1, x.shape[-1]))
+            outputs = self._outputs(x)
             self.shared.put(x, part, outputs)
-        return outputs[:, part.index - self.first].reshape(*x.shape[:-1], outputs.shape[-1])
+        return outputs[part.index - self.first]
 
-    def _outputs(self, x: Tensor) -> Tensor:
-        """Return the outputs of all slices, (rows, slices, inner), for an input (rows, hidden)."""
-        product = x @ self.stack.right  # (rows, r2)
+    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the outputs of all slices, (..., inner) each."""
+        product = x.reshape(-1, x.shape[-1]) @ self.stack.right  # (rows, r2)
         middle = self.stack.middle(slice(self.first, self.stop))
         if middle.dim() == 2:
-            product = product[:, None] * middle
+            product = (product[:, None] * middle).flatten(0, 1)  # (rows · slices, r)
         else:
-            product = functional.linear(product, middle.flatten(0, 1)).reshape(-1, *middle.shape[:2])
-        return functional.linear(product, self.stack.left)
+            product = functional.linear(product, middle.flatten(0, 1)).view(-1, middle.shape[1])  # (rows · slices, r1)
+        left = self.stack.left
+        outputs = functional.linear(product, left).view(*x.shape[:-1], self.stop - self.first, left.shape[0])
+        return outputs.unbind(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +184,7 @@ class Part:
         view: from the stored tensor to the slice.
         of_hidden: whether the module's input is the residual stream (q, k, v, gate, up) or the inner axis (o, down).
         placement: where the outputs go.
+        sharers: number of slices that are given the same input: their first product is computed once.
         fold_from: number of input rows from which one factor is multiplied with the core first.
         fold_last: whether that factor is the last one.
         neighbours: the slices that it is computed together with, where there are any.
@@ -204,6 +195,7 @@ class Part:
     view: View
     of_hidden: bool
     placement: Placement
+    sharers: int
     fold_from: int
     fold_last: bool
     neighbours: Neighbours | None = None
@@ -225,21 +217,31 @@ class Part:
     def _multiply_alone(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x · W`` plus a bias for this slice, sharing its first product where that is possible."""
         stack = self.stack
+        first, last = (stack.right, stack.left) if self.of_hidden else (stack.left, stack.right)
         middle = stack.middle(self.index)
-        last = stack.left if self.of_hidden else stack.right
         if middle.dim() == 1:
-            product = stack.first_product(x, of_hidden=self.of_hidden, reader=self)
-            return functional.linear(product * middle, last, bias)
+            return functional.linear(self._first_product(x, first) * middle, last, bias)
         if self.of_hidden:
             middle = middle.T  # (r of the input's side, r of the output's side)
         if x.numel() >= self.fold_from * x.shape[-1]:
             if self.fold_last:
-                product = stack.first_product(x, of_hidden=self.of_hidden, reader=self)
-                return functional.linear(product, last @ middle.T, bias)
-            first = stack.right if self.of_hidden else stack.left
+                return functional.linear(self._first_product(x, first), last @ middle.T, bias)
             return functional.linear(x @ (first @ middle), last, bias)
-        product = stack.first_product(x, of_hidden=self.of_hidden, reader=self)
-        return functional.linear(product @ middle, last, bias)
+        return functional.linear(self._first_product(x, first) @ middle, last, bias)
+
+    def _first_product(self, x: Tensor, first: Tensor) -> Tensor:
+        """Return ``x`` times the factor of its side, shared between the slices that are given the same ``x``.
+
+        Under torch.compile common subexpressions are found by the compiler.
+        """
+        if self.sharers == 1 or not may_share(x):
+            return x @ first
+        shared = self.stack.of_hidden if self.of_hidden else self.stack.of_inner
+        product = shared.get(x, self)
+        if product is None:
+            product = x @ first
+            shared.put(x, self, product)
+        return product
 
 
 def make_part(stack: FactorStack, index: int, out_axis: int) -> Part:
@@ -270,44 +272,62 @@ def make_part(stack: FactorStack, index: int, out_axis: int) -> Part:
         axis=axis,
         start=taken.get(outputs[axis], (0, 0))[0],
     )
+    return Part(stack, index, view, of_hidden, placement, 1, *_order(stack, of_hidden=of_hidden, sharers=1))
+
+
+def _order(stack: FactorStack, *, of_hidden: bool, sharers: int) -> tuple[int, bool]:
+    """Return the cheapest order of the products with a slice of a stack."""
     (_, inner, hidden), (_, r1, r2) = stack.description.shape, stack.description.rank
-    fold_from, fold_last = cheapest_order(*((hidden, r2, r1, inner) if of_hidden else (inner, r1, r2, hidden)))
-    return Part(stack, index, view, of_hidden, placement, fold_from, fold_last)
+    sizes = (hidden, r2, r1, inner) if of_hidden else (inner, r1, r2, hidden)
+    return cheapest_order(*sizes, sharers=sharers)
 
 
 def with_neighbours(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Join the parts of one layer's attention, or of its FC, that read the same input from the same stack.
+    """Join the parts of one layer's attention, or of its FC, that read the same side of the same stack.
 
     Args:
         parts: of any modules with one parent.
-    Returns: the same parts in the same order, those with neighbours knowing them.
+    Returns: the same parts in the same order, each knowing how many share its first product, and the consecutive
+        slices that read the residual stream knowing their neighbours.
     """
+    groups: dict[tuple[int, bool], list[Part]] = {}
+    for part in parts:
+        groups.setdefault((id(part.stack), part.of_hidden), []).append(part)
+    neighbours = {key: _neighbours(group) for key, group in groups.items()}
     joined = []
     for part in parts:
-        indices = sorted(other.index for other in parts if other.stack is part.stack and other.of_hidden)
-        together = len(indices) > 1 and indices[-1] - indices[0] == len(indices) - 1
-        joined.append((part, indices) if part.of_hidden and together else (part, None))
-    made = {
-        id(part.stack): Neighbours(part.stack, indices[0], indices[-1] + 1, SharedProduct())
-        for part, indices in joined
-        if indices
-    }
-    return tuple(replace(part, neighbours=made[id(part.stack)]) if indices else part for part, indices in joined)
+        key = id(part.stack), part.of_hidden
+        sharers = len(groups[key])
+        fold_from, fold_last = _order(part.stack, of_hidden=part.of_hidden, sharers=sharers)
+        joined.append(
+            replace(part, sharers=sharers, fold_from=fold_from, fold_last=fold_last, neighbours=neighbours[key])
+        )
+    return tuple(joined)
 
 
-def cheapest_order(width_in: int, first: int, last: int, width_out: int) -> tuple[int, bool]:
+def _neighbours(group: Sequence[Part]) -> Neighbours | None:
+    """Return what the parts of a group compute together: consecutive slices that read the residual stream."""
+    first, last = min(part.index for part in group), max(part.index for part in group)
+    if len(group) == 1 or last - first != len(group) - 1 or not group[0].of_hidden:
+        return None
+    return Neighbours(group[0].stack, first, last + 1, SharedProduct())
+
+
+def cheapest_order(width_in: int, first: int, last: int, width_out: int, *, sharers: int) -> tuple[int, bool]:
     """Return from how many rows it pays to multiply the core into a factor before the input, and into which.
 
-    Per row, input · (in, first) · (first, last) · (last, out) is multiplied left to right. Folding the core into a
-    factor costs in · first · last or first · last · out once and saves operations in every row where ranks differ. A
-    factor is folded only while it stays at most half as large as the dense matrix.
+    Per row, input · (in, first) · (first, last) · (last, out) is multiplied left to right, the first product once for
+    all slices that share it. Folding the core into a factor costs in · first · last or first · last · out once and
+    saves operations in every row; into the first factor, it also gives up the shared product. A factor is folded only
+    while it stays at most half as large as the dense matrix.
 
     Returns: the number of rows, and whether the core goes into the last factor.
     """
+    shared = width_in * first // sharers
     candidates = []
     for fold_last, once, saved, allowed in (
         (True, first * last * width_out, first * last + last * width_out - first * width_out, 2 * first <= width_in),
-        (False, width_in * first * last, first * last + width_in * first - width_in * last, 2 * last <= width_out),
+        (False, width_in * first * last, first * last + shared - width_in * last, 2 * last <= width_out),
     ):
         if saved > 0 and allowed:
             candidates.append((math.ceil(once / saved), fold_last))

@@ -1,0 +1,1 @@
+"""Sweeps: which rank reduction makes a model better."""
