@@ -17,6 +17,7 @@ from .eval import evaluate
 from .inspect import inspect
 from .plan import plan
 from .report import report
+from .sweep import sweep
 
 __all__ = ["main", "trawl"]
 
@@ -32,7 +33,7 @@ def trawl() -> None:
     """
 
 
-for command in (inspect, plan, compress, densify, diff, evaluate, report):
+for command in (inspect, plan, compress, densify, diff, evaluate, sweep, report):
     trawl.add_command(command)
 
 

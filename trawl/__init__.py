@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trawl.evaluation import evaluate
     from trawl.hf.apply import apply
     from trawl.hf.load import load
+    from trawl.sweeps import SweepResult, sweep
 
 __all__ = [
     "CP",
@@ -25,6 +26,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "SweepResult",
     "TrawlError",
     "Tucker",
     "apply",
@@ -34,6 +36,7 @@ __all__ = [
     "evaluate",
     "load",
     "plan",
+    "sweep",
 ]
 
 __version__ = version("trawl-llm")
@@ -55,4 +58,8 @@ def __getattr__(name: str) -> Any:
         from trawl.evaluation import evaluate  # noqa: PLC0415 (likewise)
 
         return evaluate
+    if name in ("sweep", "SweepResult"):
+        from trawl import sweeps  # noqa: PLC0415 (Optuna too)
+
+        return getattr(sweeps, name)
     raise AttributeError(f"module 'trawl' has no attribute {name!r}")

@@ -32,7 +32,7 @@ def evaluate_qa(subject: Subject, task: QATask, *, limit: int | None = None, obs
 
     Args:
         subject: a causal language model with its tokenizer.
-        task: the records and the length of an answer.
+        task: the records, the length of an answer, and whether answers, losses or both are wanted.
         observer: told of progress in tokens of input.
         limit: the most records, from the file's beginning.
     Returns: figures over the records that fit into the context; the others are counted in ``overlong``.
@@ -49,14 +49,16 @@ def evaluate_qa(subject: Subject, task: QATask, *, limit: int | None = None, obs
             requests.append(candidates)
     total = len(task.records[:limit])
     check_any(len(questions), total, task.spec, subject)
-    losses, exact = _losses(subject, task, requests, observer)
-    prompts = [candidates[0].context for candidates in requests]
-    tick = token_counter(f"{label(task.spec)}: greedy answers", sum(map(len, prompts)), observer)
-    texts = greedy_continuations(subject, prompts, task.tokens, tick)
-    pairs = list(zip(texts, questions, strict=True))
-    correct = [float(any(contains(text, answer) for answer in q.answers)) for text, q in pairs]
-    f1 = [max(token_f1(text, answer) for answer in q.answers) for text, q in pairs]
-    scores = {"correct": correct, "f1": f1, "log_loss": losses, "exact": exact}
+    scores: dict[str, list[float]] = {}
+    if task.answers:
+        prompts = [candidates[0].context for candidates in requests]
+        tick = token_counter(f"{label(task.spec)}: greedy answers", sum(map(len, prompts)), observer)
+        texts = greedy_continuations(subject, prompts, task.tokens, tick)
+        pairs = list(zip(texts, questions, strict=True))
+        scores["correct"] = [float(any(contains(text, answer) for answer in q.answers)) for text, q in pairs]
+        scores["f1"] = [max(token_f1(text, answer) for answer in q.answers) for text, q in pairs]
+    if task.losses:
+        scores["log_loss"], scores["exact"] = _losses(subject, task, requests, observer)
     return TaskResult(
         task=task.spec,
         kind=task.kind,

@@ -87,16 +87,16 @@ def evaluate(
     subject.model.eval()
     try:
         return tuple(
-            _run(subject, task, limit=limit, context=context, stride=stride, observer=observer) for task in parsed
+            run_task(subject, task, limit=limit, context=context, stride=stride, observer=observer) for task in parsed
         )
     finally:
         subject.model.train(training)
 
 
-def _run(
+def run_task(
     subject: Subject, task: Task, *, limit: int | None, context: int | None, stride: int | None, observer: Observer
 ) -> TaskResult:
-    """Run one task and time it."""
+    """Run one task on a loaded model and time it; arguments as for :func:`evaluate`."""
     began = time.monotonic()
     match task:
         case PerplexityTask():

@@ -59,12 +59,17 @@ class PerplexityTask:
 
 @dataclass(frozen=True)
 class QATask:
-    """``qa:FILE[?tokens=10]``: greedy answers of at most ``tokens`` new tokens, and the loss of the given answers."""
+    """``qa:FILE[?tokens=10]``: greedy answers of at most ``tokens`` new tokens, and the loss of the given answers.
+
+    Losses cost far less than answers: a search takes them first, and answers only where there is hope.
+    """
 
     kind: ClassVar[str] = "qa"
     spec: str
     records: tuple[Question, ...] = field(repr=False)
     tokens: int = ANSWER_TOKENS
+    answers: bool = True
+    losses: bool = True
 
 
 @dataclass(frozen=True)

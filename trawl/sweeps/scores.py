@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trawl.errors import PlanError, suggestion
-from trawl.evaluation.results import Figure, TaskResult
-from trawl.evaluation.tasks import QATask, Task
+from trawl.evaluation.results import TaskResult
+from trawl.evaluation.tasks import Task
 
 KEPT = "kept"
 FIGURES = {
@@ -22,17 +22,16 @@ OWN_FIGURES = {
     "ppl": ("loss",),
     "pairs": ("spearman",),
 }
+WRITTEN = ("correct", "f1")  # figures that need greedy answers
 LOSSES = ("log_loss", "loss", KEPT)
 
 
 def figure_name(objective: str, task: Task) -> str | None:
     """Return the figure of a task that an objective means; None if the task has none.
 
-    ``accuracy`` is a qa task's ``correct`` (``exact`` where it writes no answers), a choice task's ``accuracy``, a pairs
-    task's ``spearman``; ``log_loss`` is the loss per token. Any figure's own name is an objective too.
+    ``accuracy`` is a qa task's ``correct``, a choice task's ``accuracy``, a pairs task's ``spearman``; ``log_loss`` is
+    the loss per token. Any figure's own name is an objective too.
     """
-    if objective == "accuracy" and isinstance(task, QATask) and task.tokens == 0:
-        return "exact"
     if objective in FIGURES:
         return FIGURES[objective].get(task.kind)
     return objective if objective in OWN_FIGURES.get(task.kind, ()) else None
@@ -90,9 +89,11 @@ class TaskScores:
 def estimate(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float | None]:
     """Return the weighted mean and its standard error.
 
-    With weights w and mean m = Σ w v / Σ w the error is sqrt(n / (n − 1) · Σ w² (v − m)²) / Σ w, which for equal weights
-    is that of a plain mean (Cochran 1977, section 6.4). None for a single value.
+    With weights w and mean m = Σ w v / Σ w the error is sqrt(n / (n − 1) · Σ w² (v − m)²) / Σ w, which for equal
+    weights is that of a plain mean (Cochran 1977, section 6.4). None for a single value. Weights beyond the last value
+    are those of records that a stopped trial has not scored.
     """
+    weights = weights[: len(values)]
     count, total = len(values), math.fsum(weights)
     if not all(map(math.isfinite, values)):
         return math.nan, None
@@ -106,15 +107,17 @@ def estimate(values: Sequence[float], weights: Sequence[float]) -> tuple[float, 
 def score_pieces(results: Sequence[TaskResult]) -> TaskScores:
     """Join the results of a task's pieces."""
     first = results[0]
-    overlong = sum(result.overlong for result in results)
-    joined = {name: tuple(v for result in results for v in result.scores[name]) for name in first.scores}
+    scored_by = list(first.scores)[:1]
+    overlong = sum(result.overlong for result in results if not scored_by or scored_by[0] in result.scores)
+    names = dict.fromkeys(name for result in results for name in result.scores)
+    joined = {name: tuple(v for result in results for v in result.scores.get(name, ())) for name in names}
     if first.kind == "ppl":
         losses = tuple(loss / n for loss, n in zip(joined["loss_sum"], joined["tokens"], strict=True))
         return TaskScores(first.task, first.kind, {"loss": losses}, joined["tokens"], overlong=overlong)
     if first.kind == "pairs":
         whole = {figure.name: (figure.value, figure.stderr) for figure in first.figures}
         return TaskScores(first.task, first.kind, {}, (1.0,) * first.scored, whole, overlong)
-    count = sum(result.scored for result in results)
+    count = max(map(len, joined.values()))
     return TaskScores(first.task, first.kind, joined, (1.0,) * count, overlong=overlong)
 
 
@@ -124,11 +127,9 @@ class Scores:
 
     Attributes:
         tasks: in the order of the sweep's.
-        of: records that a complete trial scores; those scored are fewer where a trial was stopped.
     """
 
     tasks: tuple[TaskScores, ...]
-    of: int
 
     @property
     def records(self) -> int:
@@ -138,7 +139,6 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """Return every record's values as JSON-able ones."""
         return {
-            "of": self.of,
             "tasks": [
                 {
                     "task": task.task,
@@ -166,8 +166,7 @@ class Scores:
                     task["overlong"],
                 )
                 for task in value["tasks"]
-            ),
-            value["of"],
+            )
         )
 
 
@@ -192,14 +191,21 @@ class Gain:
         return self.gain > noise * (self.gain_stderr or 0.0)
 
 
-def gain(scores: Scores, base: Scores, objective: str, tasks: Sequence[Task]) -> Gain:
-    """Compare two models' scores in one objective, over the records that both have."""
+def gain(scores: Scores, base: Scores, objective: str, tasks: Sequence[Task]) -> Gain | None:
+    """Compare two models' scores in one objective, over the records that both have.
+
+    Returns: None where no task has the figure, or a trial was stopped before it was measured.
+    """
     values, gains = [], []
     for task, own, other in zip(tasks, scores.tasks, base.tasks, strict=True):
         name = figure_name(objective, task)
         if name is not None:
+            if name not in own.values and name not in own.whole:
+                return None
             values.append(own.figures()[name])
             gains.append(own.gains(other)[name])
+    if not values:
+        return None
     value, stderr = _mean(values)
     improvement, noise = _mean(gains)
     return Gain(value, stderr, improvement, noise)
@@ -239,7 +245,7 @@ def summarize(scores: Scores, base: Scores, objectives: Sequence[str], tasks: Se
     compared = {name: gain(scores, base, name, tasks) for name in objectives if name != KEPT}
     return {
         "records": scores.records,
-        "of": scores.of,
+        "of": base.records,
         "objectives": {
             name: {
                 "value": _finite(found.value),
@@ -248,6 +254,7 @@ def summarize(scores: Scores, base: Scores, objectives: Sequence[str], tasks: Se
                 "gain_stderr": _finite(found.gain_stderr),
             }
             for name, found in compared.items()
+            if found is not None
         },
         "tasks": rows,
     }

@@ -77,7 +77,7 @@ class Space:
         methods: of ``cp``, ``tucker``, ``svd``.
         roles: role lists, each tried by itself.
         layers: the layers to choose from.
-        group_layers: lengths of the runs into which the layers are cut: 1 tries each layer by itself, ``all`` the whole.
+        group_layers: lengths of the runs into which the layers are cut: 1 tries each by itself, ``all`` the whole.
     """
 
     ranks: tuple[Rank, ...]
@@ -91,7 +91,7 @@ class Space:
             if not getattr(self, name):
                 raise PlanError(f"the sweep has no {name}; give at least one")
         for size in self.group_layers:
-            if size != "all" and not (isinstance(size, int) and size >= 1):
+            if size != "all" and size < 1:
                 raise PlanError(f"group_layers holds {size!r}; expected 'all' or a number of layers from 1")
 
     def runs(self, layers: int) -> Iterator[tuple[GroupLayers, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Piece:
-    """Some records of a task, scored in one go.
+    """Some records of a task, or one of their measures, scored in one go.
 
     Attributes:
         task: the task with these records alone.
@@ -34,7 +35,7 @@ class Parts:
     """A task's two parts; validation in pieces, the first of which may end a trial.
 
     Attributes:
-        validation: one or two pieces.
+        validation: pieces in the order of their cost; the first may end a trial, the last may be the greedy answers.
         test: one piece.
     """
 
@@ -57,20 +58,27 @@ def split_task(task: Task, fraction: float, seed: int, limit: int | None) -> Par
             return _split_text(task, fraction, seed, limit)
         case HarnessTask():
             raise PlanError(f"task {task.spec}: lm-eval scores a task whole; sweep over qa:, choice:, pairs: or ppl:")
-        case QATask() | ChoiceTask():
-            chosen, rest = _draw(list(task.records[:limit]), fraction, seed, task.spec)
-            first = max(round(FIRST_SHARE * len(chosen)), FIRST_LEAST)
-            pieces = [chosen[:first], chosen[first:]] if len(chosen) >= 2 * FIRST_LEAST else [chosen]
-            return Parts(
-                tuple(Piece(replace(task, records=tuple(piece))) for piece in pieces),
-                (Piece(replace(task, records=tuple(rest))),),
-            )
+        case QATask():
+            questions, other_questions = _draw(task.records[:limit], fraction, seed, task.spec)
+            quick = [Piece(replace(task, records=part, answers=False)) for part in _pieces(questions)]
+            slow = [Piece(replace(task, records=questions, losses=False))] if task.answers else []
+            return Parts((*quick, *slow), (Piece(replace(task, records=other_questions)),))
+        case ChoiceTask():
+            choices, other_choices = _draw(task.records[:limit], fraction, seed, task.spec)
+            pieces = tuple(Piece(replace(task, records=part)) for part in _pieces(choices))
+            return Parts(pieces, (Piece(replace(task, records=other_choices)),))
         case PairsTask():  # a rank correlation has no pieces
-            drawn, others = _draw(list(task.records[:limit]), fraction, seed, task.spec)
-            return Parts((Piece(replace(task, records=tuple(drawn))),), (Piece(replace(task, records=tuple(others))),))
+            pairs, other_pairs = _draw(task.records[:limit], fraction, seed, task.spec)
+            return Parts((Piece(replace(task, records=pairs)),), (Piece(replace(task, records=other_pairs)),))
 
 
-def _draw(items: list[Item], fraction: float, seed: int, spec: str) -> tuple[list[Item], list[Item]]:
+def _pieces(records: tuple[Item, ...]) -> list[tuple[Item, ...]]:
+    """Return the first records and the others, all in one where they are few."""
+    first = max(round(FIRST_SHARE * len(records)), FIRST_LEAST)
+    return [records[:first], records[first:]] if len(records) >= 2 * FIRST_LEAST else [records]
+
+
+def _draw(items: Sequence[Item], fraction: float, seed: int, spec: str) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Return a seeded sample in shuffled order, and the others in their own."""
     count = round(fraction * len(items))
     if not 0 < count < len(items):
@@ -80,7 +88,7 @@ def _draw(items: list[Item], fraction: float, seed: int, spec: str) -> tuple[lis
         )
     numbers = random.Random(seed).sample(range(len(items)), count)  # noqa: S311 (not for secrets)
     drawn = set(numbers)
-    return [items[n] for n in numbers], [item for n, item in enumerate(items) if n not in drawn]
+    return tuple(items[n] for n in numbers), tuple(item for n, item in enumerate(items) if n not in drawn)
 
 
 def _split_text(task: PerplexityTask, fraction: float, seed: int, limit: int | None) -> Parts:

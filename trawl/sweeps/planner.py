@@ -1,0 +1,73 @@
+"""What interventions mean for a checkpoint, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trawl.errors import PlanError, RankError
+from trawl.factor_library import FactorLibrary
+from trawl.hub import open_checkpoint
+from trawl.planning import Plan, make_plan, match_checkpoint
+from trawl.recipe import Recipe
+from trawl.sweeps.setup import Setup
+from trawl.sweeps.space import Intervention, rank_text
+
+
+@dataclass(eq=False)
+class Planner:
+    """Plans interventions on the stored checkpoint, which ``trawl compress`` starts from too.
+
+    Attributes:
+        setup: the sweep's.
+        folder: where factor files are kept.
+    """
+
+    setup: Setup
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.tasks = self.setup.parsed()
+        self.checkpoint = open_checkpoint(self.setup.model, self.setup.revision)
+        self.match = match_checkpoint(self.checkpoint)
+
+    @property
+    def layer_count(self) -> int:
+        """Layers of the model."""
+        return self.match.layers
+
+    def check(self, interventions: Sequence[Intervention]) -> tuple[tuple[Intervention, ...], tuple[str, ...]]:
+        """Return the interventions that the model's shapes allow, and why the others are left out.
+
+        Raises: TrawlError: a role or layer is not in the model.
+        """
+        kept, notes = [], []
+        for intervention in interventions:
+            try:
+                self.plan(intervention)
+            except RankError as e:
+                notes.append(f"{intervention.label} left out: {e}")
+                continue
+            kept.append(intervention)
+        if not kept:
+            raise PlanError(f"no intervention fits the model: {notes[0]}")
+        return tuple(kept), tuple(notes)
+
+    def plan(self, intervention: Intervention) -> Plan:
+        """Work out an intervention's stacks on the stored checkpoint, which ``trawl compress`` starts from too."""
+        return make_plan(self.checkpoint, self.recipe(intervention))
+
+    def recipe(self, intervention: Intervention) -> Recipe:
+        """Return the recipe of an intervention with the sweep's seed and limits."""
+        return intervention.recipe(self.setup.seed, self.setup.n_iter_max, self.setup.tol)
+
+    def library_folder(self, method: str) -> Path:
+        """Where the factor files of a method at the sweep's ranks lie."""
+        ranks = (rank_text(rank).replace(",", "x") for rank in self.setup.space.ladder(method))
+        return self.folder / "factors" / "-".join([method, *ranks])
+
+    def library(self, method: str) -> FactorLibrary:
+        """Return the factor files of a method at the sweep's ranks."""
+        ladder = self.setup.space.ladder(method)
+        return FactorLibrary.create(self.library_folder(method), ladder)
