@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--factors", type=click.Path(path_type=Path), help="Factor library of a sweep to take factors from, not decompose."
 )
+@click.option("--ray", metavar="local|HOST:PORT", help="Decompose stacks on a Ray cluster; local starts one here.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the fit after each sweep.")
 @model_options
 def compress(
@@ -37,6 +38,7 @@ def compress(
     device: str,
     max_memory: str,
     factors: Path | None,
+    ray: str | None,
     verbose: bool,
     revision: str | None,
     family_file: Path | None,
@@ -66,6 +68,7 @@ def compress(
             device=device,
             max_memory=parse_bytes(max_memory),
             factors=factors,
+            ray=ray,
             observer=observer,
         )
     if as_json:

@@ -78,15 +78,18 @@ def build_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     return make_recipe(base | given, origin)
 
 
-def parse_rank(text: str) -> int | tuple[int, ...]:
+def parse_rank(text: str) -> int | tuple[int, int, int]:
     """Read ``64`` or ``3,64,64``."""
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError as e:
         raise click.BadParameter(f"{text!r} is not a rank; expected 64 or 3,64,64", param_hint="--rank") from e
-    if len(numbers) not in (1, 3):
-        raise click.BadParameter(f"{text!r} has {len(numbers)} parts; expected 64 or 3,64,64", param_hint="--rank")
-    return numbers[0] if len(numbers) == 1 else numbers
+    match numbers:
+        case (rank,):
+            return rank
+        case (stack, inner, hidden):
+            return stack, inner, hidden
+    raise click.BadParameter(f"{text!r} has {len(numbers)} parts; expected 64 or 3,64,64", param_hint="--rank")
 
 
 def parse_bytes(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import rich_click as click
 
@@ -125,11 +125,13 @@ def sweep(
         print_sweep(result)
 
 
-def _group(text: str) -> int | str:
+def _group(text: str) -> Literal["all"] | int:
     """Read a run's length."""
-    if text != "all" and not text.isdigit():
+    if text == "all":
+        return "all"
+    if not text.isdigit():
         raise click.BadParameter(f"{text!r} is no number of layers; expected 1,10,all", param_hint="--group-layers")
-    return text if text == "all" else int(text)
+    return int(text)
 
 
 def _number(text: str) -> float:

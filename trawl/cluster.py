@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ import torch
 
 from trawl.errors import PlanError, TrawlError
 
+LOG = logging.getLogger("trawl")
 ATTEMPTS = 4  # of a piece of work whose worker dies
 ADDRESS = re.compile(r"(?:ray://)?\[?(?P<host>[^\s/]+?)\]?:(?P<port>\d{1,5})")
 REACH_SECONDS = 5.0
@@ -27,13 +29,13 @@ class Cluster:
 
     Attributes:
         threads: CPUs of one worker, and its torch threads: ``OMP_NUM_THREADS``, else 1.
-        gpus: GPUs of one worker, 0 or 1.
+        device: where a worker computes: ``cpu``, or ``cuda`` with one GPU of its own.
         folder: the working directory, against which workers read relative paths where they see it.
         owned: whether closing ends the connection.
     """
 
     threads: int
-    gpus: int
+    device: str
     folder: str
     owned: bool
 
@@ -44,24 +46,30 @@ class Cluster:
         Args:
             address: ``local`` for all CPUs of this machine, ``auto`` or HOST:PORT for a running cluster. A connection
                 that the program has already is used as it is.
-            device: a worker takes a GPU for ``cuda``, and for ``auto`` where the cluster has any.
+            device: ``cpu``, ``cuda``, or ``auto`` for CUDA where the cluster has any.
         Returns: the connection.
-        Raises: PlanError: Ray is not installed, or there is no cluster at the address.
+        Raises: PlanError: Ray is not installed, there is no cluster at the address, or no GPU where one is asked for.
         """
         try:
             import ray  # noqa: PLC0415 (an extra)
         except ImportError as e:
             raise PlanError("--ray needs the package ray; install it with: pip install 'trawl-llm[ray]'") from e
-        owned = not ray.is_initialized()
+        threads, owned = _threads(), not ray.is_initialized()
         if owned:
             _init(ray, address)
-        threads = _threads()
-        with_gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-        return cls(threads, int(with_gpu), str(Path.cwd()), owned)
+        any_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        chosen = "cuda" if device.startswith("cuda") or (device == "auto" and any_gpu) else "cpu"
+        cluster = cls(threads, chosen, str(Path.cwd()), owned)
+        if chosen == "cuda" and not any_gpu:
+            cluster.close()
+            raise PlanError(f"device {device!r} is on no machine of the Ray cluster; use cpu")
+        if not cluster.room:
+            LOG.warning("no machine of the Ray cluster has %d CPUs for a worker; waiting for one to join", threads)
+        return cluster
 
     @property
-    def slots(self) -> int:
-        """How many workers the machines that are there now have room for; at least one, for one that may come."""
+    def room(self) -> int:
+        """How many workers fit on the machines that are there now."""
         import ray  # noqa: PLC0415 (an extra)
 
         room = 0
@@ -69,17 +77,13 @@ class Cluster:
             if node["Alive"]:
                 found = node["Resources"]
                 fit = int(found.get("CPU", 0)) // self.threads
-                room += min(fit, int(found.get("GPU", 0))) if self.gpus else fit
-        return max(room, 1)
+                room += min(fit, int(found.get("GPU", 0))) if self.device == "cuda" else fit
+        return room
 
     @property
     def needs(self) -> dict[str, Any]:
         """Options of a Ray task or actor that is one worker."""
-        return {"num_cpus": self.threads, "num_gpus": self.gpus}
-
-    def device(self, wanted: str) -> str:
-        """Return what a worker calls the device: it sees one GPU at most."""
-        return "cuda" if wanted.startswith("cuda") else wanted
+        return {"num_cpus": self.threads, "num_gpus": int(self.device == "cuda")}
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""
@@ -87,6 +91,22 @@ class Cluster:
             import ray  # noqa: PLC0415 (an extra)
 
             ray.shutdown()
+
+
+@contextmanager
+def connected(address: str | None, device: str) -> Iterator[Cluster | None]:
+    """Hold a connection for the length of a ``with`` block; none where no address is given."""
+    cluster = None if address is None else Cluster.connect(address, device)
+    try:
+        yield cluster
+    finally:
+        if cluster:
+            cluster.close()
+
+
+def local_path(model: str | Path) -> str:
+    """Return MODEL with a path made absolute, which means the same to every worker."""
+    return str(Path(model).absolute() if Path(model).exists() else model)
 
 
 def _threads() -> int:
@@ -121,14 +141,28 @@ def _reached(address: str) -> str:
         return address
     match = ADDRESS.fullmatch(address)
     if not match or int(match["port"]) > 65535:
-        raise PlanError(f"Ray address {address!r} cannot be read; expected local, auto or HOST:PORT, such as 10.0.0.1:6379")
-    try:
-        socket.create_connection((match["host"], int(match["port"])), REACH_SECONDS).close()
-    except OSError as e:
         raise PlanError(
-            f"no Ray cluster at {address}: {e.strerror or e}; start one there with ray start --head, or use local"
-        ) from e
+            f"Ray address {address!r} cannot be read; expected local, auto or HOST:PORT, such as 10.0.0.1:6379"
+        )
+    reason = _unreachable(match["host"], int(match["port"]))
+    if reason:
+        raise PlanError(f"no Ray cluster at {address}: {reason}; start one there with ray start --head, or use local")
     return address
+
+
+def _unreachable(host: str, port: int) -> str:
+    """Say why nobody speaks HTTP/2 there, as Ray's head does (RFC 9113, section 3.4); empty where somebody does."""
+    try:
+        with socket.create_connection((host, port), REACH_SECONDS) as link:
+            if "RAY_USE_TLS" in os.environ:
+                return ""
+            link.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5))
+            frame = link.recv(9)
+    except TimeoutError:
+        return f"no answer in {REACH_SECONDS:.0f} s"
+    except OSError as e:
+        return e.strerror or str(e)
+    return "" if frame[3:4] == b"\x04" else "what listens there is not Ray"
 
 
 def begin_work(threads: int, folder: str) -> None:

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 
 from trawl.checkpoint import Checkpoint
+from trawl.cluster import connected, local_path
+from trawl.decomposing import Spread, seal_stack
 from trawl.errors import PlanError
 from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
-from trawl.observers import Observer, silent, slice_counter
+from trawl.observers import Observer, silent
 from trawl.planning import Plan, make_plan
 from trawl.recipe import Recipe
 from trawl.records import Report, read_report, report_stack, write_index, write_json, write_records
 from trawl.shards import copy_file, sealed
-from trawl.stacking import Stack, StoredSlices, scan
+from trawl.stacking import Stack, scan
 from trawl.workspace import Workspace
 from trawl.writing import Advance, DenseWriter, FactoredWriter, SquaredErrors
 
@@ -56,6 +58,7 @@ def compress(
     device: str = "auto",
     max_memory: int = 0,
     factors: str | Path | None = None,
+    ray: str | None = None,
     observer: Observer = silent,
 ) -> Report:
     """Decompose a checkpoint's stacks and write the denoised or the factored checkpoint.
@@ -71,6 +74,8 @@ def compress(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: where stacks are decomposed.
         max_memory: bytes of slices to keep in memory, or on the GPU, between passes, instead of reading them again.
         factors: a factor library, such as a sweep leaves, to take every stack's factors from in place of decomposing.
+        ray: ``local``, or the address of a Ray cluster: stacks are decomposed by its workers, each on
+            ``OMP_NUM_THREADS`` CPUs, else 1. OUT must lie, and a local MODEL too, on storage that all machines share.
         observer: told of progress.
     Returns: per stack shape, rank, relative error as written, parameters and seconds.
     Raises: TrawlError: before anything is written where the cause can be known before.
@@ -89,20 +94,31 @@ def compress(
     side_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files)
     needed = planned.output_bytes + planned.work_bytes + side_bytes
     workspace.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=needed)
-    where = pick_device(device)
-    absmax = check_weights(planned, observer)
-    with workspace.locked(identity, resume=resume):
-        seconds = decompose_stacks(planned, workspace, absmax, where, library, max_memory=max_memory, observer=observer)
-        errors = write_shards(planned, workspace, absmax, observer)
-        copy_side_files(checkpoint, workspace.staged)
-        write_factored_config(planned, workspace.staged)
-        reports = tuple(
-            report_stack(item, Factors.load(factor_path(workspace, item.stack))[0], errors, seconds[item.stack.name])
-            for item in planned.stacks
-        )
-        report = Report(workspace.out, reports, time.perf_counter() - started)
-        write_records(planned, report, identity, workspace.staged)
-        workspace.publish()
+    if library and ray is not None:
+        raise PlanError("--ray spreads decompositions, and --factors needs none; leave one of the two out")
+    where = pick_device("cpu" if ray is not None and device.startswith("cuda") else device)  # workers have their own
+    with connected(ray, device) as cluster:
+        absmax = check_weights(planned, observer)
+        spread = None
+        if cluster:
+            fingerprint = checkpoint.fingerprint
+            spread = Spread(cluster, local_path(model), revision, recipe, family_file, fingerprint, max_memory)
+        with workspace.locked(identity, resume=resume):
+            seconds = decompose_stacks(
+                planned, workspace, absmax, where, library, spread=spread, max_memory=max_memory, observer=observer
+            )
+            errors = write_shards(planned, workspace, absmax, observer)
+            copy_side_files(checkpoint, workspace.staged)
+            write_factored_config(planned, workspace.staged)
+            reports = tuple(
+                report_stack(
+                    item, Factors.load(factor_path(workspace, item.stack))[0], errors, seconds[item.stack.name]
+                )
+                for item in planned.stacks
+            )
+            report = Report(workspace.out, reports, time.perf_counter() - started)
+            write_records(planned, report, identity, workspace.staged)
+            workspace.publish()
     return report
 
 
@@ -171,31 +187,37 @@ def decompose_stacks(
     planned: Plan,
     workspace: Workspace,
     absmax: Mapping[str, float],
-    device: torch.device,
+    where: torch.device,
     library: FactorLibrary | None,
     *,
+    spread: Spread | None,
     max_memory: int,
     observer: Observer,
 ) -> dict[str, float]:
-    """Seal the factors of every stack that has no factor file yet: those of the library, or decomposed here.
+    """Seal the factors of every stack that has no factor file yet: those of the library, or decomposed here or on Ray.
 
     Returns: seconds by stack; 0 for one that was sealed before or comes from the library.
     """
-    seconds: dict[str, float] = {}
-    for item in planned.stacks:
+    seconds = {item.stack.name: 0.0 for item in planned.stacks}
+    missing = [item for item in planned.stacks if not factor_path(workspace, item.stack).exists()]
+    if spread:
+        return seconds | spread.seal(
+            {item.stack.name: factor_path(workspace, item.stack) for item in missing}, absmax, observer
+        )
+    for item in missing:
         path = factor_path(workspace, item.stack)
-        seconds[item.stack.name] = 0.0
-        if path.exists():
-            continue
         if library:
             library.load(library.find(planned, item)).save(path, {"stack": item.to_json()})
             continue
-        started = time.perf_counter()
-        count = slice_counter(f"decomposing {item.stack.name}", observer)
-        source = StoredSlices(planned.checkpoint, item.stack, absmax[item.stack.name], device, count, max_memory)
-        factors = planned.method.decompose(source).to(device="cpu")
-        factors.balanced().save(path, {"stack": item.to_json()})
-        seconds[item.stack.name] = time.perf_counter() - started
+        seconds[item.stack.name] = seal_stack(
+            planned,
+            item,
+            path,
+            absmax=absmax[item.stack.name],
+            device=where,
+            max_memory=max_memory,
+            observer=observer,
+        )
     return seconds
 
 

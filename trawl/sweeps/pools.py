@@ -31,7 +31,9 @@ class Job:
 class Pool(Protocol):
     """Takes jobs and gives outcomes, in any order."""
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """How many jobs can be under way at once; it may grow."""
 
     def submit(self, job: Job) -> None:
         """Take a job; at most ``slots`` are under way at once."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trawl.cluster import ATTEMPTS, Cluster, begin_work, lost, own_errors
+from trawl.cluster import ATTEMPTS, Cluster, begin_work, local_path, lost, own_errors
 from trawl.errors import PlanError
 from trawl.sweeps.pools import Job
 from trawl.sweeps.scorer import Outcome, Scorer
@@ -75,15 +75,15 @@ class RayPool:
         Raises: PlanError: Ray is not installed, or there is no cluster at the address.
         """
         cluster = Cluster.connect(address, setup.device)
-        model = str(Path(setup.model).absolute()) if Path(setup.model).exists() else setup.model
-        pool = cls(cluster, replace(setup, model=model, device=cluster.device(setup.device)), folder.absolute())
+        own = replace(setup, model=local_path(setup.model), device=cluster.device)
+        pool = cls(cluster, own, folder.absolute())
         pool._grow()
         return pool
 
     @property
     def slots(self) -> int:
-        """How many jobs there is room for now."""
-        return self.cluster.slots
+        """How many jobs there is room for now; at least one, for a machine that may come."""
+        return max(self.cluster.room, 1)
 
     def submit(self, job: Job) -> None:
         """Take a job."""
@@ -127,7 +127,7 @@ class RayPool:
         """Start workers where there is room for more."""
         import ray  # noqa: PLC0415 (an extra)
 
-        missing = self.cluster.slots - len(self._loading) - len(self._idle) - len(self._scoring)
+        missing = self.slots - len(self._loading) - len(self._idle) - len(self._scoring)
         actor = ray.remote(ScoringWorker).options(**self.cluster.needs, max_restarts=0)
         for _ in range(missing):
             worker = actor.remote(self.setup, str(self.folder), self.cluster.threads, self.cluster.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -182,11 +183,12 @@ def sweep(
             run.search(pool)
             with held(folder / "finish.lock"):
                 run.finish(pool, most=compose_most, order=order, noise=noise)
+                results = read_json(folder / "results.json")  # before another process writes it again
         finally:
             pool.close()
     finally:
         queue.close()
-    return SweepResult(folder, read_json(folder / "results.json"))
+    return SweepResult(folder, results)
 
 
 def _pool(setup: Setup, folder: Path, ray: str | None) -> Pool:
@@ -235,6 +237,8 @@ class _Run:
     def search(self, pool: Pool) -> None:
         """Work on trials until none waits and no other process may give one back."""
         base = self.outcome(pool, Job(-1, ()), "base").scores
+        self._check_base(base)
+        self._restore(pool)
         under_way = 0
         while True:
             while under_way < pool.slots and (claim := self.queue.claim()):
@@ -248,7 +252,23 @@ class _Run:
                 time.sleep(WAIT_SECONDS)
             else:
                 break
-        self.record("searching", force=True)
+
+    def _check_base(self, base: Scores) -> None:
+        """Refuse a base model that nothing can be compared with."""
+        for name in self.planner.setup.objectives:
+            found = None if name == KEPT else gain(base, base, name, self.planner.tasks)
+            if found is not None and not math.isfinite(found.value):
+                raise PlanError(
+                    f"the base model's {name} is not a number, so nothing can be compared with it; its weights may hold "
+                    "NaN, or overflow: try --dtype float32"
+                )
+
+    def _restore(self, pool: Pool) -> None:
+        """Score finished trials again whose outcome is lost."""
+        for trial in self.queue.trials():
+            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+                job = Job(trial.number, (self._tried()[trial.number],), may_stop=trial.state == TrialState.PRUNED)
+                self.outcome(pool, job, str(trial.number))
 
     def _finish_trial(self, job: Job, outcome: Outcome, base: Scores) -> None:
         """Keep a trial's outcome, then tell the study."""
@@ -284,6 +304,7 @@ class _Run:
 
     def finish(self, pool: Pool, *, most: int, order: str, noise: float) -> None:
         """Compose, then score the test part of what was chosen."""
+        self.record("searching", force=True)
         gains = self.gains()
         best = max(gains, key=lambda number: (gains[number].gain, -number), default=None)
         if best is not None and most:
@@ -455,7 +476,7 @@ class _Run:
                 return None
             value = waiting.to_json()
         known = self.files.read(str(trial.number), "validation") if trial.state.is_finished() else None
-        if trial.state == TrialState.FAIL and known is None and "error" not in trial.user_attrs:
+        if trial.state == TrialState.FAIL and "error" not in trial.user_attrs:
             return None  # given back, or a repetition
         return {
             "number": trial.number,

@@ -1,0 +1,154 @@
+"""Sealing the factors of a plan's stacks: in this process, or one Ray task a stack."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trawl.cluster import ATTEMPTS, Cluster, begin_work, lost, own_errors
+from trawl.errors import PlanError
+from trawl.factor_library import versions
+from trawl.hub import open_checkpoint
+from trawl.observers import Observer, silent, slice_counter
+from trawl.planning import Plan, PlannedStack, make_plan
+from trawl.recipe import Recipe
+from trawl.stacking import StoredSlices
+
+
+def seal_stack(
+    planned: Plan,
+    item: PlannedStack,
+    path: Path,
+    *,
+    absmax: float,
+    device: torch.device,
+    max_memory: int = 0,
+    observer: Observer = silent,
+) -> float:
+    """Decompose a stack into a factor file, and return the seconds that it took."""
+    started = time.perf_counter()
+    count = slice_counter(f"decomposing {item.stack.name}", observer)
+    source = StoredSlices(planned.checkpoint, item.stack, absmax, device, count, max_memory)
+    factors = planned.method.decompose(source).to(device="cpu")
+    factors.balanced().save(path, {"stack": item.to_json()})
+    return time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Stacks of a plan as tasks of a Ray cluster; each opens the checkpoint and plans by itself.
+
+    Attributes:
+        cluster: the connection.
+        model: as the user gave it, a local path made absolute.
+        revision: of a hub id.
+        recipe: what to decompose and how.
+        family_file: the family description, if not a built-in one.
+        fingerprint: of the checkpoint that this process has; a task refuses another.
+        max_memory: bytes of slices that each task keeps between passes.
+    """
+
+    cluster: Cluster
+    model: str
+    revision: str | None
+    recipe: Recipe
+    family_file: Path | None
+    fingerprint: str
+    max_memory: int
+
+    def seal(
+        self, paths: Mapping[str, Path], absmax: Mapping[str, float], observer: Observer = silent
+    ) -> dict[str, float]:
+        """Seal factor files, and return seconds by stack.
+
+        Args:
+            paths: by stack where its file is to lie, on storage that all machines share.
+            absmax: by stack the largest magnitude of any entry.
+            observer: told of progress, in stacks.
+        Returns: the seconds of each stack's own task.
+        Raises: TrawlError: what a task raised. PlanError: a task's worker died again and again, or its file is not
+            to be seen from here.
+        """
+        import ray  # noqa: PLC0415 (an extra)
+
+        task = ray.remote(_seal_one).options(**self.cluster.needs, max_retries=ATTEMPTS - 1)
+        order = {"threads": self.cluster.threads, "cwd": self.cluster.folder, "device": self.cluster.device}
+        under_way = {
+            task.remote(self._order() | order | {"stack": name, "path": path.absolute(), "absmax": absmax[name]}): name
+            for name, path in paths.items()
+        }
+        seconds: dict[str, float] = {}
+        while under_way:
+            observer("decomposing stacks", len(seconds), len(paths))
+            (reply,), _ = ray.wait(list(under_way), num_returns=1)
+            name = under_way.pop(reply)
+            seconds[name] = _result(reply, name)
+            if not paths[name].exists():
+                raise PlanError(
+                    f"the factors of stack {name} were written, but {paths[name]} is not on this machine; --ray needs "
+                    "an output folder on storage that all machines share: choose another with -o"
+                )
+        observer("decomposing stacks", len(seconds), len(paths))
+        return seconds
+
+    def _order(self) -> dict[str, Any]:
+        """Return what every task is told."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "recipe": self.recipe.model_dump(),
+            "family_file": self.family_file,
+            "max_memory": self.max_memory,
+            "made_of": _made_of(self.fingerprint),
+        }
+
+
+def _made_of(fingerprint: str) -> dict[str, str]:
+    """Return what decides a factor file's bytes beside the recipe."""
+    return {"weights": fingerprint, **versions()}
+
+
+def _result(reply: Any, name: str) -> float:
+    """Return a task's seconds; Ray has tried it again where its worker died."""
+    import ray  # noqa: PLC0415 (an extra)
+
+    try:
+        with own_errors():
+            seconds: float = ray.get(reply)
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as e:
+        raise lost(f"stack {name}", e) from e
+    return seconds
+
+
+def _seal_one(order: Mapping[str, Any]) -> float:
+    """Decompose one stack in a Ray worker."""
+    begin_work(order["threads"], order["cwd"])
+    checkpoint = open_checkpoint(order["model"], order["revision"])
+    here, there = _made_of(checkpoint.fingerprint), order["made_of"]
+    if differing := [f"{key} ({here[key]}, not {there[key]})" for key in here if here[key] != there[key]]:
+        raise PlanError(
+            f"machine {socket.gethostname()} would make other factors: it differs in {', '.join(differing)}; give all "
+            "machines of the Ray cluster the same model and packages"
+        )
+    planned = make_plan(checkpoint, Recipe(**order["recipe"]), order["family_file"])
+    item = _named(planned.stacks, order["stack"])
+    return seal_stack(
+        planned,
+        item,
+        order["path"],
+        absmax=order["absmax"],
+        device=torch.device(order["device"]),
+        max_memory=order["max_memory"],
+    )
+
+
+def _named(stacks: Sequence[PlannedStack], name: str) -> PlannedStack:
+    return next(item for item in stacks if item.stack.name == name)
