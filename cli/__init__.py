@@ -33,6 +33,11 @@ def trawl() -> None:
     """
 
 
+KEPT = {
+    "compress": "; finished stacks are kept in OUT.partial, go on with --resume",
+    "sweep": "; finished trials are kept, the same command goes on",
+}
+
 for command in (inspect, plan, compress, densify, diff, evaluate, sweep, report):
     trawl.add_command(command)
 
@@ -46,8 +51,7 @@ def main() -> None:
         e.show()
         sys.exit(e.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        kept = "; finished stacks are kept in OUT.partial, go on with --resume" if "compress" in sys.argv[1:2] else ""
-        click.echo(f"interrupted{kept}", err=True)
+        click.echo(f"interrupted{KEPT.get(''.join(sys.argv[1:2]), '')}", err=True)
         sys.exit(130)
     except Exception as e:  # noqa: BLE001 (the end of the line: what is not expected is shown whole)
         if debug or not _is_expected(e):

@@ -22,6 +22,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+RECORD = "trawl.json"
 FOREIGN_WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".ot")
 SAMPLED_BLOCKS = 64
 SAMPLED_BYTES = 4096
@@ -194,6 +195,9 @@ class Checkpoint:
         Weights in other formats, hidden files, and the products of an earlier TRAWL run are left out.
         """
         shards = {shard.name for shard in self.shards}
+        own = {"README.md", RECORD}
+        if (self.folder / RECORD).exists():  # else a folder of that name is somebody's
+            own |= {"report.html", "report"}
         found = []
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
@@ -201,7 +205,7 @@ class Checkpoint:
                 continue
             if path.suffix in FOREIGN_WEIGHT_SUFFIXES or path.suffix == ".safetensors":
                 continue
-            if str(relative) in shards or str(relative) in ("README.md", "trawl.json"):
+            if str(relative) in shards or relative.parts[0] in own:
                 continue
             found.append(relative)
         return tuple(found)

@@ -139,7 +139,7 @@ class DenseWriter:
         slices = self._slices_by_tensor[name]
         original = self.checkpoint.read(name)
         whole = len(slices) == 1 and slices[0][2].view.whole
-        target = torch.empty(original.shape, dtype=original.dtype) if whole else original.clone()
+        target = torch.empty_like(original) if whole else original.clone()
         for stack, number, part in slices:
             with slice_of(target, part.view) as written:
                 canonical, scale = part.view.apply(original), self.absmax[stack.name] or 1.0

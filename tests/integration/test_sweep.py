@@ -30,7 +30,7 @@ from trawl.sweeps.split import split_task
 pytest.importorskip("optuna", reason="needs the extra: pip install 'trawl-llm[sweep]'")
 
 GRID = {"methods": ("cp", "svd"), "ranks": (2, 6), "objectives": ("log_loss", "accuracy"), "validation": 0.5}
-MANY = {"methods": ("cp", "svd"), "ranks": (1, 2, 3, 4, 5, 6), "roles": ("fc", "o"), "objectives": ("log_loss",)}
+MANY = {"methods": ("cp", "svd"), "ranks": (1, 2, 4, 6), "objectives": ("log_loss",)}  # 24 interventions
 FEW = {"methods": ("svd",), "ranks": (2,), "objectives": ("log_loss",), "layers": "2"}
 
 
@@ -269,16 +269,16 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(undisturbed, model, tasks, t
     process = start(model, tasks["small"], out, MANY)
     process.stdout.readline()
     begin(process)
-    while len(finished(out)) < 5 and process.poll() is None:
+    while len(finished(out)) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = finished(out)
-    assert 5 <= len(before) < 72
+    assert 3 <= len(before) < 24
     result = trawl.sweep(model, tasks["small"], out, **MANY)
     after = finished(out)
     assert {name: after[name] for name in before} == before
-    assert len(after) <= 72 + 1  # the one that was under way, where it was written but not told
+    assert len(after) <= 24 + 1  # the one that was under way, where it was written but not told
     assert comparable(result, numbers=False) == comparable(undisturbed, numbers=False)
     assert result.results["state"] == "complete"
     assert not list((out / "workers").glob(f"*-{os.getpid()}-*"))
@@ -296,12 +296,12 @@ def test_two_processes_share_the_work(undisturbed, model, tasks, tmp_path):
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    assert len(finished(out)) == 72
+    assert len(finished(out)) == 24
     result = trawl.sweep(model, tasks["small"], out, **MANY)
     assert comparable(result) == comparable(undisturbed)
-    workers = Counter(re.findall(r'"worker": "([^"]+)"', (out / "study.journal").read_text()))
+    workers = Counter(re.findall(r'{"worker": ?"([^"]+)"', (out / "study.journal").read_text()))
     assert len(workers) == 2, workers
-    assert sum(workers.values()) == 72
+    assert sum(workers.values()) == 24
 
 
 def test_a_torn_line_of_the_journal_is_cut_off(grid, model, tasks, tmp_path):

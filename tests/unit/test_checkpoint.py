@@ -51,7 +51,13 @@ def test_side_files_leave_out_weights_and_earlier_records(folder):
         (folder / name).write_text("x")
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / "report").mkdir()
+    (folder / "report" / "spectra.png").write_text("x")
+    (folder / "report.html").write_text("x")
     names = {str(path) for path in open_folder(folder).side_files}
+    assert not names & {"report.html", "report/spectra.png"}
+    (folder / "trawl.json").unlink()
+    assert {"report.html", "report/spectra.png"} <= {str(path) for path in open_folder(folder).side_files}
     assert {"config.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors.index.json"} <= names
     assert not names & {"pytorch_model.bin", "model.gguf", "trawl.json", "README.md", ".hidden"}
 

@@ -152,6 +152,7 @@ class RayPool:
             self._deaths += 1
             if self._deaths >= ATTEMPTS:
                 raise lost("loading the model", e) from e
+            LOG.warning("a Ray worker died while it loaded the model; another takes its place")
             return
         self._deaths = 0
         self._fingerprint = self._fingerprint or fingerprint
@@ -172,9 +173,10 @@ class RayPool:
                 outcome: Outcome = ray.get(reply)
         except ray.exceptions.RayActorError as e:
             ray.kill(worker)  # it may be out of reach only
+            what = " and ".join(item.label for item in job.interventions) or "the base model"
             if self._attempts[id(job)] >= ATTEMPTS:
-                labels = " and ".join(item.label for item in job.interventions) or "the base model"
-                raise lost(f"trial {job.key} ({labels})", e) from e
+                raise lost(f"scoring {what}", e) from e
+            LOG.warning("a Ray worker died while it scored %s; that is done again", what)
             self._waiting.appendleft(job)
             return None
         self._idle.append(worker)
