@@ -119,7 +119,7 @@ def _threads() -> int:
 
 def _init(ray: Any, address: str) -> None:
     """Start a cluster or join one, without Ray's own messages and reports."""
-    where = {"num_cpus": _cpus()} if address == "local" else {"address": _reached(address)}
+    where = {"address": _reached(address)} | ({"num_cpus": _cpus()} if address == "local" else {})
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     try:
         with warnings.catch_warnings():
@@ -137,7 +137,7 @@ def _cpus() -> int:
 
 def _reached(address: str) -> str:
     """Check that something listens at an address; Ray itself waits for minutes."""
-    if address == "auto":
+    if address in ("auto", "local"):
         return address
     match = ADDRESS.fullmatch(address)
     if not match or int(match["port"]) > 65535:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 import psutil
@@ -27,7 +27,7 @@ from trawl.sweeps.space import Intervention, Space
 ray = pytest.importorskip("ray", reason="the extra trawl-llm[ray] is not installed")
 
 RANKS = (2, 3)
-RECIPE = trawl.Recipe(rank=3, group_layers=1, n_iter_max=2000, tol=0)  # long enough to be killed in its middle
+RECIPE = trawl.Recipe(rank=3, group_layers=1, n_iter_max=100, tol=0)  # long enough to be killed in its middle
 
 
 @pytest.fixture(autouse=True)
@@ -138,18 +138,18 @@ def test_a_machine_that_joins_gets_work_and_a_mistake_in_a_worker_is_one_line(ma
     score_all(pool, jobs[:1])
     joined = machines.add_node(num_cpus=1)
     try:
-        while pool.slots < 3:
-            time.sleep(0.1)
+        last = time.monotonic() + 60
         while len(pool._idle) < 3:
+            assert time.monotonic() < last, "no worker on the machine that joined"
             score_all(pool, jobs[:1])
         outcomes = score_all(pool, jobs)
         assert {key: one.scores for key, one in outcomes.items()} == {key: one.scores for key, one in expected.items()}
-        twice = jobs[0].interventions * 2
-        with pytest.raises(PlanError, match="both change") as caught:
-            score_all(pool, [Job(9, twice)])
+        absent = Intervention("cp", "fc", "7", 1, 2)
+        with pytest.raises(PlanError, match="7 is outside it") as caught:
+            score_all(pool, [Job(9, (absent,))])
         assert "\n" not in str(caught.value)
-        pool.close()
     finally:
+        pool.close()
         machines.remove_node(joined)
 
 
@@ -159,9 +159,8 @@ def test_a_model_that_workers_cannot_open_is_their_error_not_a_hang(machines, mo
     setup = Setup(str(model), Space(RANKS), (spec(model),), objectives=("log_loss",), device="cpu")
     pool = RayPool.start(replace(setup, model=str(tmp_path / "absent")), tmp_path, "auto")
     pool.submit(Job(0, ()))
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with closing(pool), pytest.raises(CheckpointError, match="no such folder"):
         pool.next()
-    pool.close()
 
 
 def test_compressing_on_ray_gives_the_same_bytes_though_a_worker_is_killed(machines, model, tmp_path):
@@ -182,7 +181,7 @@ def test_compressing_on_ray_gives_the_same_bytes_though_a_worker_is_killed(machi
 def test_the_command_starts_workers_of_its_own(model, tmp_path):
     out = tmp_path / "out"
     arguments = ["compress", str(model), "--rank", "2", "--roles", "fc", "--group-layers", "1", "-o", str(out)]
-    command = [sys.executable, "-m", "trawl_cli", *arguments, "--ray", "local"]
+    command = [sys.executable, "-c", "import trawl_cli; trawl_cli.main()", *arguments, "--ray", "local"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "ray" not in (done.stdout + done.stderr).lower().replace(str(tmp_path).lower(), "")

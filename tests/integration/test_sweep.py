@@ -30,7 +30,7 @@ from trawl.sweeps.split import split_task
 pytest.importorskip("optuna", reason="needs the extra: pip install 'trawl-llm[sweep]'")
 
 GRID = {"methods": ("cp", "svd"), "ranks": (2, 6), "objectives": ("log_loss", "accuracy"), "validation": 0.5}
-MANY = {"methods": ("cp", "svd"), "ranks": (1, 2, 4, 6), "objectives": ("log_loss",)}  # 24 interventions
+MANY = {"methods": ("cp", "svd"), "ranks": (1, 2, 5), "objectives": ("log_loss",)}  # 18 interventions
 FEW = {"methods": ("svd",), "ranks": (2,), "objectives": ("log_loss",), "layers": "2"}
 
 
@@ -195,7 +195,7 @@ def test_the_commands_rebuild_the_composition_from_the_sweeps_own_factors(grid, 
     assert found["trials"][0] == grid.results["best"]
     assert len(grid.results["commands"]) == len(found["trials"]) > 1
     for command in grid.results["commands"]:
-        code, text, err = run(*shlex.split(command)[1:])
+        code, _, err = run(*shlex.split(command)[1:])
         assert code == 0, err
     name = "-".join(map(str, found["trials"]))
     assert_scores_are_those_of(grid.folder / "winner", grid, name, "validation", tasks)
@@ -274,11 +274,11 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(undisturbed, model, tasks, t
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = finished(out)
-    assert 3 <= len(before) < 24
+    assert 3 <= len(before) < 18
     result = trawl.sweep(model, tasks["small"], out, **MANY)
     after = finished(out)
     assert {name: after[name] for name in before} == before
-    assert len(after) <= 24 + 1  # the one that was under way, where it was written but not told
+    assert len(after) <= 18 + 1  # the one that was under way, where it was written but not told
     assert comparable(result, numbers=False) == comparable(undisturbed, numbers=False)
     assert result.results["state"] == "complete"
     assert not list((out / "workers").glob(f"*-{os.getpid()}-*"))
@@ -296,21 +296,40 @@ def test_two_processes_share_the_work(undisturbed, model, tasks, tmp_path):
     for process in processes:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    assert len(finished(out)) == 24
+    assert len(finished(out)) == 18
     result = trawl.sweep(model, tasks["small"], out, **MANY)
     assert comparable(result) == comparable(undisturbed)
     workers = Counter(re.findall(r'{"worker": ?"([^"]+)"', (out / "study.journal").read_text()))
     assert len(workers) == 2, workers
-    assert sum(workers.values()) == 24
+    assert sum(workers.values()) == 18
 
 
 def test_a_torn_line_of_the_journal_is_cut_off(grid, model, tasks, tmp_path):
-    out = shutil.copytree(grid.folder, tmp_path / "study")
+    specs, out = [tasks["qa"], tasks["small"]], tmp_path / "study"
+    trawl.sweep(model, specs, out, **GRID, trials=3)
+    before = finished(out)
     with (out / "study.journal").open("a") as file:
         file.write('{"op_code": 6, "worker_id": "x", "tri')
-    result = trawl.sweep(model, [tasks["qa"], tasks["small"]], out, **GRID, compose_most=2, noise=0.0)
-    assert comparable(result) == comparable(grid)
-    assert finished(out).keys() == finished(grid.folder).keys()
+    trawl.sweep(model, specs, out, **GRID, trials=5)
+    result = trawl.sweep(model, specs, out, **GRID)
+    assert comparable(result, numbers=False) == comparable(grid, numbers=False)
+    assert {name: finished(out)[name] for name in before} == before
+
+
+def test_a_trial_that_was_written_but_not_told_is_one_row(model, tasks, tmp_path, monkeypatch):
+    from trawl.sweeps.study import TrialQueue
+
+    def lost(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrialQueue, "finish", lost)
+        with pytest.raises(InterruptedError):
+            trawl.sweep(model, tasks["small"], tmp_path / "study", **GRID)
+    assert len(finished(tmp_path / "study")) == 1
+    result = trawl.sweep(model, tasks["small"], tmp_path / "study", **GRID)
+    assert len(result.results["trials"]) == 12
+    assert set(tried(result).values()) == {1}
 
 
 def test_a_corrupt_journal_is_told_in_one_line(grid, model, tasks, run, tmp_path):
@@ -319,9 +338,7 @@ def test_a_corrupt_journal_is_told_in_one_line(grid, model, tasks, run, tmp_path
     lines[len(lines) // 2] = "garbage\x00"
     (out / "study.journal").write_text("\n".join(lines) + "\n")
     args = ["--task", tasks["qa"], "--task", tasks["small"], "--objective", "log_loss", "--objective", "accuracy"]
-    code, text, err = run(
-        "sweep", model, "--method", "cp,svd", "--ranks", "2,6", "--validation", 0.5, *args, "-o", out
-    )
+    code, text, err = run("sweep", model, "--method", "cp,svd", "--ranks", "2,6", "--validation", 0.5, *args, "-o", out)
     assert (code, text) == (2, "")
     assert re.fullmatch(r"PlanError: cannot open the study in \S+study\.journal: .*\n", err)
 
@@ -330,7 +347,7 @@ def test_another_sweeps_folder_is_refused_with_what_differs(grid, model, tasks, 
     out = shutil.copytree(grid.folder, tmp_path / "study")
     with pytest.raises(ResumeError, match="differs in seed, space;"):
         trawl.sweep(model, [tasks["qa"], tasks["small"]], out, **GRID | {"ranks": (2, 3), "seed": 1})
-    assert json.loads((out / "results.json").read_text()) == grid.results
+    assert json.loads((out / "results.json").read_text())["trials"] == grid.results["trials"]
 
 
 def test_scores_that_are_deleted_are_made_again(grid, model, tasks, tmp_path):
@@ -349,7 +366,6 @@ def test_a_grid_may_grow_by_its_number_of_trials(model, tasks, tmp_path):
     assert len(first.results["trials"]) == 2
     before = finished(first.folder)
     second = trawl.sweep(model, tasks["small"], tmp_path / "study", **GRID, trials=5)
-    assert comparable(second)[:0] == []
     assert len(second.results["trials"]) == 5
     assert {name: finished(first.folder)[name] for name in before} == before
 
@@ -497,8 +513,9 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("args", "message"), MISTAKES)
-def test_a_mistake_gives_exit_code_two(args, message, run, model, tasks, tmp_path):
-    code, out, err = run("sweep", model, *(arg.format(**tasks) for arg in args), "-o", tmp_path / "study")
+def test_a_mistake_gives_exit_code_two(args, message, run, tasks, request):
+    model, folder = (request.getfixturevalue(name) for name in ("model", "tmp_path"))
+    code, out, err = run("sweep", model, *(arg.format(**tasks) for arg in args), "-o", folder / "study")
     assert code == 2, err
     assert out == ""
     assert re.search(message, re.sub(r"[\s│]+", " ", err)), err
@@ -520,5 +537,3 @@ def test_seeds_draw_different_parts(model, tasks, tmp_path):
     ]
     one, other = (result.results["base"]["validation"]["objectives"]["log_loss"]["value"] for result in results)
     assert one != other
-
-

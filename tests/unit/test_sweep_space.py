@@ -191,7 +191,11 @@ def test_pieces_are_joined_in_order_and_scores_survive_json():
         return TaskResult("qa:x", kind, figures, number, overlong, {}, scores=scores)
 
     joined = score_pieces(
-        [result(2, {"log_loss": (1.0, 2.0)}, 1), result(1, {"log_loss": (3.0,)}, 2), result(3, {"correct": (1.0,) * 3}, 3)]
+        [
+            result(2, {"log_loss": (1.0, 2.0)}, 1),
+            result(1, {"log_loss": (3.0,)}, 2),
+            result(3, {"correct": (1.0,) * 3}, 3),
+        ]
     )
     assert joined.values == {"log_loss": (1.0, 2.0, 3.0), "correct": (1.0, 1.0, 1.0)}
     assert joined.overlong == 3  # the answers are asked of the same records

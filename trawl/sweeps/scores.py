@@ -43,9 +43,13 @@ def check_objectives(objectives: Sequence[str], tasks: Sequence[Task]) -> None:
         raise PlanError("objectives name no figure of a task; give accuracy or log_loss beside kept")
     for objective in objectives:
         if objective != KEPT and not any(figure_name(objective, task) for task in tasks):
-            known = (*FIGURES, KEPT, *dict.fromkeys(name for own in OWN_FIGURES.values() for name in own))
+            names = dict.fromkeys([*FIGURES, *(name for own in OWN_FIGURES.values() for name in own)])
+            known = [*(name for name in names if any(figure_name(name, task) for task in tasks)), KEPT]
             kinds = ", ".join(dict.fromkeys(task.kind for task in tasks))
-            raise PlanError(f"objective {objective!r} is no figure of {kinds} tasks{suggestion(objective, known)}")
+            raise PlanError(
+                f"objective {objective!r} is no figure of {kinds} tasks{suggestion(objective, known)}; expected "
+                f"{', '.join(known)}"
+            )
 
 
 @dataclass(frozen=True)

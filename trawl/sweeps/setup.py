@@ -76,9 +76,9 @@ class Setup:
             if value is not None and value < 1:
                 raise PlanError(f"{name} is {value}; expected at least 1")
         tasks = tuple(self._trimmed(parse_task(spec)) for spec in self.tasks)
-        check_objectives(self.objectives, tasks)
         for task in tasks:
             split_task(task, self.fraction, self.seed, self.limit)
+        check_objectives(self.objectives, tasks)
         return tasks
 
     def _trimmed(self, task: Task) -> Task:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trawl.sweeps.space import Intervention
 
 STUDY = "trawl"
 DEFAULT_TRIALS = 100
+ATTEMPTS = 20  # of a sampler to suggest something new
 
 
 class _FileLock:
@@ -161,9 +163,15 @@ class TrialQueue:
         chosen = trial.system_attrs.get("fixed_params") or trial.params
         return self._by_parameters.get(tuple(chosen.get(name) for name in ("method", "roles", "layers", "rank")))
 
-    @property
+    @cached_property
     def _by_parameters(self) -> dict[tuple[Any, ...], Intervention]:
         return {tuple(self._parameters(item).values()): item for item in self.interventions}
+
+    @cached_property
+    def _choices(self) -> dict[str, list[str]]:
+        """Return the values that each parameter takes."""
+        all_parameters = [self._parameters(item) for item in self.interventions]
+        return {name: list(dict.fromkeys(one[name] for one in all_parameters)) for name in all_parameters[0]}
 
     def claim(self) -> Claim | None:
         """Return a trial for this process, or None where no other waits."""
@@ -179,13 +187,7 @@ class TrialQueue:
     def _begin(self, trial: optuna.Trial) -> Claim:
         """Sign a trial, and fix its parameters."""
         trial.set_user_attr("worker", self.worker)
-        chosen = {
-            name: trial.suggest_categorical(name, choices)
-            for name, choices in {
-                name: list(dict.fromkeys(self._parameters(item)[name] for item in self.interventions))
-                for name in ("method", "roles", "layers", "rank")
-            }.items()
-        }
+        chosen = {name: trial.suggest_categorical(name, choices) for name, choices in self._choices.items()}
         intervention = self._by_parameters.get(tuple(chosen.values()))
         if intervention is None:  # a combination that the model's shapes do not allow
             self.study.tell(trial.number, state=TrialState.FAIL)
@@ -196,7 +198,7 @@ class TrialQueue:
     def _suggest(self) -> Claim | None:
         """Ask the sampler for what has not been tried; None once there are trials enough."""
         target = min(self.setup.trials or DEFAULT_TRIALS, len(self.interventions))
-        for _ in range(20 * len(self.interventions)):
+        for _ in range(ATTEMPTS):
             tried = {self.intervention(t) for t in self.trials() if t.state != TrialState.FAIL} - {None}
             if len(tried) >= target:
                 return None
@@ -224,12 +226,6 @@ class TrialQueue:
     def objectives(self) -> tuple[str, ...]:
         """The objectives, in the order of the study's directions."""
         return self.setup.objectives
-
-    def give_up(self, number: int, error: str) -> None:
-        """Record that a trial failed."""
-        trial = self.study.trials[number]
-        self.storage.set_trial_user_attr(trial._trial_id, "error", error)  # noqa: SLF001
-        self.study.tell(number, state=TrialState.FAIL)
 
     def retry(self, number: int) -> None:
         """Put a trial whose worker is gone back among those that wait."""

@@ -259,8 +259,8 @@ class _Run:
             found = None if name == KEPT else gain(base, base, name, self.planner.tasks)
             if found is not None and not math.isfinite(found.value):
                 raise PlanError(
-                    f"the base model's {name} is not a number, so nothing can be compared with it; its weights may hold "
-                    "NaN, or overflow: try --dtype float32"
+                    f"the base model's {name} is not a number, so nothing can be compared with it; its weights may "
+                    "hold NaN, or overflow: try --dtype float32"
                 )
 
     def _restore(self, pool: Pool) -> None:
