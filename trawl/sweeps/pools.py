@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,8 +67,17 @@ class LocalPool:
         self.scorer.editor.verify()
 
 
-def score_all(pool: Pool, jobs: Sequence[Job]) -> dict[int, Outcome]:
-    """Score jobs, as many at once as the pool has slots; return outcomes by key."""
+def score_all(
+    pool: Pool, jobs: Sequence[Job], keep: Callable[[Job, Outcome], None] | None = None
+) -> dict[int, Outcome]:
+    """Score jobs, as many at once as the pool has slots.
+
+    Args:
+        pool: where.
+        jobs: with keys of their own.
+        keep: told of each outcome as it comes.
+    Returns: outcomes by key.
+    """
     found: dict[int, Outcome] = {}
     waiting, under_way = deque(jobs), 0
     while waiting or under_way:
@@ -78,4 +87,6 @@ def score_all(pool: Pool, jobs: Sequence[Job]) -> dict[int, Outcome]:
         job, outcome = pool.next()
         found[job.key] = outcome
         under_way -= 1
+        if keep is not None:
+            keep(job, outcome)
     return found

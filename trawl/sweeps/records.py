@@ -18,15 +18,20 @@ from trawl.shards import sealed
 from trawl.sweeps.scorer import Outcome, Part
 from trawl.sweeps.scores import Scores
 from trawl.sweeps.space import Intervention, rank_text
+from trawl.sweeps.study import held
 
 FORMAT_VERSION = 1
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a sealed JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with sealed(path) as file:
-        file.write(json.dumps(value, indent=1, allow_nan=True).encode())
+    write_bytes(path, json.dumps(value, indent=1, allow_nan=True).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a sealed file that several processes may write at once; the last one's stays."""
+    with held(path.parent / "writing.lock"), sealed(path) as file:
+        file.write(content)
 
 
 def read_json(path: Path) -> Any:
@@ -115,8 +120,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with sealed(path) as file:
-        file.write(text.getvalue().encode())
+    write_bytes(path, text.getvalue().encode())
 
 
 def flat_row(trial: Mapping[str, Any]) -> dict[str, Any]:

@@ -316,11 +316,22 @@ class _Run:
         if self.composition is not None:
             trials = self.composition[2].trials
             jobs["-".join(map(str, trials))] = Job(-2, tuple(self._tried()[n] for n in trials), "test")
-        for done, (name, job) in enumerate(jobs.items()):
-            self.observer("test part", done, len(jobs))
-            self.outcome(pool, job, name)
-        self.observer("test part", len(jobs), len(jobs))
+        self._test(pool, jobs)
         self.record("complete", force=True)
+
+    def _test(self, pool: Pool, jobs: Mapping[str, Job]) -> None:
+        """Score what is not known yet, as many at once as the pool takes."""
+        names = {job.key: name for name, job in jobs.items() if self.files.read(name, job.part) is None}
+        done = len(jobs) - len(names)
+
+        def keep(job: Job, outcome: Outcome) -> None:
+            nonlocal done
+            self.files.write(names[job.key], job.part, outcome)
+            done += 1
+            self.observer("test part", done, len(jobs))
+
+        self.observer("test part", done, len(jobs))
+        score_all(pool, [jobs[name] for name in names.values()], keep)
 
     def _compose(
         self, pool: Pool, best: int, gains: Mapping[int, Gain], *, most: int, order: str, noise: float
