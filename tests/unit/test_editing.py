@@ -117,6 +117,14 @@ def test_a_slice_in_two_stacks_is_refused():
     editor.verify()
 
 
+def test_a_stack_given_twice_is_refused():
+    editor = WeightEditor(build_zoo("llama"))
+    stacks = editor.plan(trawl.Recipe(rank=2, layers="1", roles="fc")).stacks
+    with pytest.raises(PlanError, match="both hold role gate of layer 1"), editor.applied(stacks * 2, noise):
+        pass
+    editor.verify()
+
+
 def test_a_tied_weight_is_refused_under_two_names():
     model = build_zoo("llama")
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight

@@ -189,12 +189,14 @@ class WeightEditor:
         stored: dict[int, str] = {}
         for stack in (item.stack for item in planned):
             for part in stack.slices:
-                other = seen.setdefault((part.tensor, part.role), stack)
-                if other is not stack:
+                place = (part.tensor, part.role)
+                if place in seen:  # by the same stack given twice, too
+                    other = seen[place]
                     raise PlanError(
                         f"stacks {other.name} and {stack.name} both hold role {part.role} of layer {part.layer}; "
                         "apply one of them, or choose other layers or roles"
                     )
+                seen[place] = stack
                 first = stored.setdefault(self._state[part.tensor].data_ptr(), part.tensor)
                 if first != part.tensor:
                     raise PlanError(f"{first} and {part.tensor} are one tied tensor; select the layer of one of them")

@@ -117,7 +117,7 @@ class RayPool:
                 with own_errors():
                     ray.get([worker.verify.remote() for worker in self._idle])
         except ray.exceptions.RayActorError:
-            pass  # a worker that is gone has no model
+            LOG.warning("a Ray worker was gone before its model could be checked")
         finally:
             for worker in [*self._idle, *self._loading.values(), *(worker for worker, _ in self._scoring.values())]:
                 ray.kill(worker)
