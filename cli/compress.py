@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from .options import build_recipe, model_options, parse_bytes, recipe_options, set_verbosity
+from .options import (
+    build_recipe,
+    calibration_arguments,
+    calibration_options,
+    model_options,
+    parse_bytes,
+    recipe_options,
+    set_verbosity,
+)
 
 if TYPE_CHECKING:
     from trawl.records import Report
@@ -16,6 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @recipe_options
+@calibration_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Output folder.  [default: ./MODEL-METHOD-rRANK]")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same recipe.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output once the new one is complete.")
@@ -38,6 +47,9 @@ def compress(
     device: str,
     max_memory: str,
     factors: Path | None,
+    calibrate: str | None,
+    calibration_tokens: int | None,
+    moments: Path | None,
     ray: str | None,
     verbose: bool,
     revision: str | None,
@@ -51,6 +63,7 @@ def compress(
     Example: trawl compress HuggingFaceTB/SmolLM2-135M-Instruct --rank 8 --layers 28 --roles fc --group-layers 1
     """
     recipe = build_recipe(recipe_file, options)
+    calibration = calibration_arguments(calibrate, calibration_tokens, moments)
     import trawl
 
     from .console import observing, print_json
@@ -70,6 +83,7 @@ def compress(
             factors=factors,
             ray=ray,
             observer=observer,
+            **calibration,
         )
     if as_json:
         print_json(report.to_json())
@@ -83,12 +97,14 @@ def print_report(report: Report) -> None:
 
     from .console import print_table, times
 
+    weighted = any(stack.weighted_error is not None for stack in report.stacks)
     rows = [
         [
             stack.name,
             times(stack.shape),
             times(stack.rank),
             f"{stack.relative_error:.5f}",
+            *(["" if stack.weighted_error is None else f"{stack.weighted_error:.5f}"] if weighted else []),
             f"{stack.kept_energy:.2%}",
             f"{stack.parameters_before:,}",
             f"{stack.parameters_after:,}",
@@ -100,8 +116,9 @@ def print_report(report: Report) -> None:
     before = sum(stack.parameters_before for stack in report.stacks)
     after = sum(stack.parameters_after for stack in report.stacks)
     seconds = sum(stack.seconds for stack in report.stacks)
-    rows.append(["total", "", "", "", "", f"{before:,}", f"{after:,}", "", f"{seconds:.1f}"])
-    columns = ("stack", "shape", "rank", "rel. error", "kept energy", "parameters", "in factors", "sweeps", "seconds")
+    rows.append(["total", *[""] * (5 if weighted else 4), f"{before:,}", f"{after:,}", "", f"{seconds:.1f}"])
+    errors = ("rel. error", "weighted error") if weighted else ("rel. error",)
+    columns = ("stack", "shape", "rank", *errors, "kept energy", "parameters", "in factors", "sweeps", "seconds")
     print_table("stacks", columns, rows)
     if report.weak_stacks:
         click.echo(f"warning: {weak_warning(report)}")

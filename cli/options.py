@@ -17,15 +17,35 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
-        "--method", metavar="cp|tucker|svd", help="Decomposition; svd takes each matrix alone.  [default: cp]"
+        "--method",
+        metavar="cp|tucker|svd|narrow",
+        help="Decomposition; svd takes each matrix alone, narrow leaves out inner units.  [default: cp]",
     ),
     click.option("--rank", metavar="INT|R0,R1,R2", help="Rank; Tucker also takes (stack,inner,hidden)."),
+    click.option("--width", metavar="F|INT|LIST", help="FC width for narrow: share, units, or units of each layer."),
+    click.option("--kv-heads", type=int, help="Key-value heads for narrow to keep, with their query heads."),
     click.option("--layers", metavar="20-30,35|all", help="Layers, counted from 0.  [default: all]"),
-    click.option("--roles", metavar="fc|attn|all|LIST", help="Matrices; LIST of q,k,v,o,gate,up,down.  [default: all]"),
+    click.option("--roles", metavar="fc|attn|all|LIST", help="Matrices; LIST of q,k,v,o,gate,up,down,embed,lm_head.  [default: all]"),
     click.option(
         "--group-layers",
         metavar="all|N",
         help="Layers in one stack; 1 is layer by layer, the paper's best for denoising.  [default: all]",
+    ),
+    click.option(
+        "--share",
+        metavar="none|input|role",
+        help="One right factor for svd matrices of the same input (q,k,v; gate,up), or of one role.  [default: none]",
+    ),
+    click.option(
+        "--anchored",
+        is_flag=True,
+        default=None,
+        help="Block by block: targets of the original model, inputs of the compressed one; with --calibrate.",
+    ),
+    click.option(
+        "--output-weighting",
+        metavar="none|fisher|kronecker",
+        help="Weigh the outputs too, by the loss's gradients on the --calibrate text.  [default: none]",
     ),
     click.option("--write", metavar="dense|factored", help="Form of the output.  [default: dense]"),
     click.option(
@@ -50,6 +70,29 @@ def recipe_options(command: Command) -> Command:
     return command
 
 
+def calibration_options(command: Command) -> Command:
+    """Add what weighs the error by what each layer reads."""
+    for option in (
+        click.option("--moments", type=click.Path(path_type=Path), help="Folder of moments to use, or to keep."),
+        click.option("--calibration-tokens", type=int, help="Of that text, at most.  [default: 131072]"),
+        click.option(
+            "--calibrate",
+            metavar="FILE.txt|FILE.jsonl|hub:DATASET/SPLIT/FIELD",
+            help="Text whose activations weigh the error: what the model computes on it is kept.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def calibration_arguments(calibrate: str | None, tokens: int | None, moments: Path | None) -> dict[str, Any]:
+    """Return them as the library takes them."""
+    if calibrate is None and tokens is not None:
+        raise click.UsageError("--calibration-tokens goes with --calibrate TEXT")
+    given = {"calibrate": calibrate, "calibration_tokens": tokens, "moments": moments}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def model_options(command: Command) -> Command:
     """Add what names and opens a model, and what every command has."""
     for option in (
@@ -71,6 +114,8 @@ def build_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     given = {key: value for key, value in options.items() if value is not None}
     if "rank" in given:
         given["rank"] = parse_rank(given["rank"])
+    if "width" in given:
+        given["width"] = parse_width(given["width"])
     if str(given.get("group_layers", "all")).lstrip("-").isdigit():
         given["group_layers"] = int(given["group_layers"])
     base = read_recipe(recipe_file) if recipe_file else {}
@@ -90,6 +135,19 @@ def parse_rank(text: str) -> int | tuple[int, int, int]:
         case (stack, inner, hidden):
             return stack, inner, hidden
     raise click.BadParameter(f"{text!r} has {len(numbers)} parts; expected 64 or 3,64,64", param_hint="--rank")
+
+
+def parse_width(text: str) -> int | float | tuple[int, ...]:
+    """Read ``0.75``, ``1152`` or ``1152,1088,1152``."""
+    try:
+        if "," in text:
+            return tuple(int(part) for part in text.split(","))
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError as e:
+        raise click.BadParameter(
+            f"{text!r} is not a width; expected a share such as 0.75, a number of units, or one for each layer",
+            param_hint="--width",
+        ) from e
 
 
 def parse_bytes(text: str) -> int:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from .options import build_recipe, model_options, recipe_options
+from .options import (
+    build_recipe,
+    calibration_arguments,
+    calibration_options,
+    model_options,
+    recipe_options,
+)
 
 if TYPE_CHECKING:
     from trawl.planning import Plan
@@ -16,12 +22,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model")
 @recipe_options
+@calibration_options
 @click.option("--save-recipe", is_flag=True, help="Print the recipe as YAML and stop.")
 @model_options
 def plan(
     model: str,
     recipe_file: Path | None,
     save_recipe: bool,
+    calibrate: str | None,
+    calibration_tokens: int | None,
+    moments: Path | None,
     revision: str | None,
     family_file: Path | None,
     as_json: bool,
@@ -33,6 +43,7 @@ def plan(
     Example: trawl plan HuggingFaceTB/SmolLM2-135M-Instruct --rank 64 --layers 20-29
     """
     recipe = build_recipe(recipe_file, options)
+    calibration = calibration_arguments(calibrate, calibration_tokens, moments)
     if save_recipe:
         click.echo(recipe.to_yaml(), nl=False)
         return
@@ -40,7 +51,7 @@ def plan(
 
     from .console import print_json
 
-    planned = trawl.plan(model, recipe, revision=revision, family_file=family_file)
+    planned = trawl.plan(model, recipe, revision=revision, family_file=family_file, **calibration)
     if as_json:
         print_json(planned.to_json())
     else:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trawl.calibration import Moments
+from trawl.calibration.weights import stack_weights
 from trawl.cluster import ATTEMPTS, Cluster, begin_work, lost, own_errors
 from trawl.errors import PlanError
 from trawl.factor_library import versions
 from trawl.hub import open_checkpoint
+from trawl.narrowing import narrow_stack
 from trawl.observers import Observer, silent, slice_counter
 from trawl.planning import Plan, PlannedStack, make_plan
 from trawl.recipe import Recipe
@@ -33,9 +36,16 @@ def seal_stack(
 ) -> float:
     """Decompose a stack into a factor file, and return the seconds that it took."""
     started = time.perf_counter()
+    if planned.narrowed:
+        cut = next(cut for cut in planned.narrowed.cuts if cut.stack.name == item.stack.name)
+        moment = planned.moments.input(cut.reader) if planned.moments else None
+        assert moment is not None  # no role has experts of its own, so that each reader saw every token
+        narrow_stack(planned.checkpoint, cut, moment, device).save(path, {"stack": item.to_json()})
+        return time.perf_counter() - started
     count = slice_counter(f"decomposing {item.stack.name}", observer)
     source = StoredSlices(planned.checkpoint, item.stack, absmax, device, count, max_memory)
-    factors = planned.method.decompose(source).to(device="cpu")
+    weights = stack_weights(planned.moments, item.stack) if planned.moments else None
+    factors = planned.method.decompose(source, weights=weights).to(device="cpu")
     factors.balanced().save(path, {"stack": item.to_json()})
     return time.perf_counter() - started
 
@@ -52,6 +62,7 @@ class Spread:
         family_file: the family description, if not a built-in one.
         fingerprint: of the checkpoint that this process has; a task refuses another.
         max_memory: bytes of slices that each task keeps between passes.
+        moments: folder of the moments that weigh the error.
     """
 
     cluster: Cluster
@@ -61,6 +72,7 @@ class Spread:
     family_file: Path | None
     fingerprint: str
     max_memory: int
+    moments: Path | None = None
 
     def seal(
         self, paths: Mapping[str, Path], absmax: Mapping[str, float], observer: Observer = silent
@@ -105,6 +117,7 @@ class Spread:
             "recipe": self.recipe.model_dump(),
             "family_file": self.family_file,
             "max_memory": self.max_memory,
+            "moments": self.moments,
             "made_of": _made_of(self.fingerprint),
         }
 
@@ -139,6 +152,8 @@ def _seal_one(order: Mapping[str, Any]) -> float:
             "machines of the Ray cluster the same model and packages"
         )
     planned = make_plan(checkpoint, Recipe(**order["recipe"]), order["family_file"])
+    if order["moments"]:
+        planned = replace(planned, moments=Moments.open(order["moments"], checkpoint, planned.recipe.output_weighting))
     item = _named(planned.stacks, order["stack"])
     return seal_stack(
         planned,

@@ -90,7 +90,11 @@ def _parts(checkpoint: Checkpoint, descriptor: Descriptor, layout: ShardLayout) 
         stored = Factors(tensors["left"], tensors["right"], tensors["core"], tensors.get("stack"))
         return stored.to(dtype=torch.float64 if stack.dtype == "F64" else torch.float32)
 
+    narrow = {part.tensor: part for part in descriptor.narrow}
     for entry in layout.entries:
+        if entry.name in narrow:
+            yield narrow[entry.name].pad(checkpoint.read(entry.name))
+            continue
         if entry.name not in descriptor.slices:
             info = checkpoint.tensors[entry.name]
             yield FileRange(checkpoint.folder / info.shard, info.start, info.stop)
@@ -98,5 +102,5 @@ def _parts(checkpoint: Checkpoint, descriptor: Descriptor, layout: ShardLayout) 
         target = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         for stack, number in descriptor.slices[entry.name]:
             with slice_of(target, stack.slices[number].view) as written:
-                fill(factors(stack), number, written)
+                fill(factors(stack), stack.places[number], written)
         yield target

@@ -1,7 +1,8 @@
 """Descriptor: what config.json says about the factors of a factored checkpoint. Arithmetic on shapes; holds no data.
 
 A factored checkpoint is its source's layout in which every stack's factors stand once, as ordinary tensors of the
-transformer block that the stack's first slice lies in, and every replaced tensor is kept under its name, empty:
+transformer block that the stack's first slice lies in, or beside a module outside the blocks, and every replaced tensor
+is kept under its name, empty:
 
     model.layers.20.trawl.fc_20_29.left          (1536, 64)
     model.layers.20.mlp.gate_proj.weight         (0,)
@@ -21,7 +22,8 @@ from typing import Any, Literal
 
 from trawl.checkpoint import TensorInfo
 from trawl.errors import LoadError, PlanError, ShapeError
-from trawl.stacking import Stack
+from trawl.narrow_tensor import NarrowTensor, find_narrow_fault
+from trawl.stacking import Place, Stack, make_places
 from trawl.views import View, parse, solve
 
 METHOD = "trawl"
@@ -61,13 +63,14 @@ class DescribedStack:
 
     Attributes:
         name: the stack's name in the plan.
-        shape: (S, inner, hidden).
+        shape: (S, inner, hidden), of a joined stack (1, Σ inner, hidden).
         rank: (A, r1, r2); A = S unless ``stack_factor``.
         core: ``diagonal`` (CP, SVD; core is (A, r)) or ``full`` (Tucker; core is (A, r1, r2)).
         stack_factor: whether the stack mode is compressed by a factor (S, A).
         dtype: safetensors' name of the factors' dtype.
         factors: what the names of the factor tensors begin with.
-        slices: in the order of the stack mode.
+        slices: in the order of the stack mode, or of the rows of the joined matrix.
+        joined: whether the slices are one matrix, each a range of rows of the left factor.
     """
 
     name: str
@@ -78,6 +81,12 @@ class DescribedStack:
     dtype: str
     factors: str
     slices: tuple[DescribedSlice, ...]
+    joined: bool = False
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """Where the factors hold each slice."""
+        return make_places([part.view.shape(part.stored_shape)[0] for part in self.slices], joined=self.joined)
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -108,14 +117,21 @@ class DescribedStack:
             "dtype": self.dtype,
             "factors": self.factors,
             "slices": [part.to_json() for part in self.slices],
+            **({"joined": True} if self.joined else {}),
         }
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """All stacks of a factored checkpoint: the ``quantization_config`` of its config.json."""
+    """All that is unlike an ordinary checkpoint: the ``quantization_config`` of its config.json.
+
+    Attributes:
+        stacks: what factors stand in for.
+        narrow: tensors that are shorter than in an ordinary checkpoint.
+    """
 
     stacks: tuple[DescribedStack, ...]
+    narrow: tuple[NarrowTensor, ...] = ()
 
     @cached_property
     def slices(self) -> dict[str, tuple[tuple[DescribedStack, int], ...]]:
@@ -139,6 +155,7 @@ class Descriptor:
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "stacks": [stack.to_json() for stack in self.stacks],
+            **({"narrow": [part.to_json() for part in self.narrow]} if self.narrow else {}),
         }
 
     def check_tensors(self, tensors: Mapping[str, TensorInfo], where: str) -> None:
@@ -167,9 +184,16 @@ class Descriptor:
                     f"{where}: tensor {name} in {info.shard} is {info.shape}; config.json says that it is factored, "
                     f"so that {EMPTY} is expected. Config and shards do not belong together"
                 )
+        for part in self.narrow:
+            info = _stored(tensors, part.tensor, f"{where}: a narrow tensor")
+            if info.shape != part.shape:
+                raise LoadError(
+                    f"{where}: tensor {part.tensor} in {info.shard} is {info.shape}; config.json describes it as "
+                    f"{part.shape}. Config and shards do not belong together"
+                )
         described = self.factor_shapes
         for name, info in tensors.items():
-            if f".{METHOD}." in name and name not in described:
+            if looks_like_factor(name) and name not in described:
                 raise LoadError(
                     f"{where}: tensor {name} in {info.shard} belongs to no stack that config.json describes"
                 )
@@ -182,15 +206,24 @@ def _stored(tensors: Mapping[str, TensorInfo], name: str, what: str) -> TensorIn
     return tensors[name]
 
 
+def looks_like_factor(name: str) -> bool:
+    """Whether a tensor has the name of a factor."""
+    return f".{METHOD}." in f".{name}"
+
+
 def stack_id(name: str) -> str:
     """Return a stack's name with every character that a module name cannot have replaced by ``_``."""
     return re.sub(r"[^0-9A-Za-z_]", "_", name)
 
 
 def factors_prefix(name: str, tensor: str) -> str | None:
-    """Return what a stack's factor names begin with: the block of its first slice's tensor, up to its number."""
+    """Return what a stack's factor names begin with: the block of its first slice's tensor, up to its number.
+
+    Outside the blocks it is where the module lies that holds the tensor; None for a tensor that no module holds.
+    """
     block = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", tensor)
-    return f"{block[0]}.{METHOD}.{stack_id(name)}" if block else None
+    place = block[0].split(".") if block else tensor.split(".")[:-2]
+    return ".".join([*place, METHOD, stack_id(name)]) if "." in tensor else None
 
 
 def describe_stack(
@@ -217,7 +250,7 @@ def describe_stack(
     first = stack.slices[0].tensor
     prefix = factors_prefix(stack.name, first)
     if prefix is None:
-        raise PlanError(f"stack {stack.name}: {first} lies in no numbered block to keep its factors; use --write dense")
+        raise PlanError(f"stack {stack.name}: {first} lies in no module to keep its factors; use --write dense")
     slices = []
     for part in stack.slices:
         shape = tensors[part.tensor].shape
@@ -228,7 +261,9 @@ def describe_stack(
             )
         slices.append(DescribedSlice(part.tensor, shape, part.view))
     stored = dtype or tensors[first].dtype
-    return DescribedStack(stack.name, stack.shape, rank, core, stack_factor, stored, prefix, tuple(slices))
+    return DescribedStack(
+        stack.name, stack.shape, rank, core, stack_factor, stored, prefix, tuple(slices), stack.joined
+    )
 
 
 def describe(stacks: Sequence[DescribedStack]) -> Descriptor:
@@ -249,20 +284,24 @@ def find_fault(descriptor: Descriptor) -> str | None:
         (_stack_fault(stack) for stack in descriptor.stacks),
         (_name_fault(stacks) for stacks in (descriptor.stacks,)),
         (_cover_fault(tensor, parts) for tensor, parts in descriptor.slices.items()),
+        (find_narrow_fault(narrow, descriptor.slices) for narrow in (descriptor.narrow,)),
     )
     return next((fault for fault in checks if fault), None)
 
 
 def _stack_fault(stack: DescribedStack) -> str | None:
-    """Check one stack: sizes, ranks, names, and that each slice's view gives its shape."""
+    """Check one stack: sizes, ranks, names, and that the slices' views give its shape."""
     if fault := _rank_fault(stack):
         return fault
     what = f"stack {stack.name}"
     if (prefix := factors_prefix(stack.name, stack.slices[0].tensor)) != stack.factors:
         return f"{what} has its factors at {stack.factors}; expected {prefix}, the block of its first slice"
+    inner, hidden = None if stack.joined else stack.shape[1], stack.shape[2]
     for part in stack.slices:
-        if fault := _slice_fault(part, stack.shape[1:]):
+        if fault := _slice_fault(part, inner, hidden):
             return f"{what}, tensor {part.tensor}: {fault}"
+    if stack.joined and stack.places[-1].rows.stop != stack.shape[1]:
+        return f"{what} has shape {stack.shape} but its joined slices have {stack.places[-1].rows.stop} rows together"
     return None
 
 
@@ -270,7 +309,9 @@ def _rank_fault(stack: DescribedStack) -> str | None:
     """Check one stack's sizes and ranks."""
     (size, inner, hidden), (mixed, r1, r2) = stack.shape, stack.rank
     what = f"stack {stack.name}"
-    if size != len(stack.slices):
+    if stack.joined and (size != 1 or stack.core != "diagonal" or stack.stack_factor):
+        return f"{what} of shape {stack.shape} is joined; expected a size of 1, a diagonal core and no stack factor"
+    if not stack.joined and size != len(stack.slices):
         return f"{what} has shape {stack.shape} but {len(stack.slices)} slices"
     if mixed > size or (mixed < size and not stack.stack_factor):
         return f"{what} has stack rank {mixed} for {size} slices and {'a' if stack.stack_factor else 'no'} stack factor"
@@ -281,14 +322,15 @@ def _rank_fault(stack: DescribedStack) -> str | None:
     return None
 
 
-def _slice_fault(part: DescribedSlice, shape: tuple[int, int]) -> str | None:
-    """Check that a view gives the stack's shape, and maps each stored axis to one canonical axis."""
+def _slice_fault(part: DescribedSlice, inner: int | None, hidden: int) -> str | None:
+    """Check that a view gives these sizes, any inner one for None, and maps each stored axis to one canonical axis."""
     try:
         found = part.view.shape(part.stored_shape)
     except ShapeError as e:
         return str(e)
-    if found != shape:
-        return f"view '{part.view}' of {part.stored_shape} is {found}; expected {shape}"
+    expected = found[0] if inner is None else inner, hidden
+    if found != expected:
+        return f"view '{part.view}' of {part.stored_shape} is {found}; expected {expected}"
     stored, canonical = parse(part.view.stored), parse(part.view.canonical)
     if {frozenset(group) for group in stored} != {frozenset(group) for group in canonical}:
         return f"view '{part.view}' mixes input and output axes, which factors cannot be multiplied through"

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from trawl.checkpoint import FLOAT_DTYPES
 from trawl.descriptor import FORMAT_VERSION, METHOD, Core, DescribedSlice, DescribedStack, Descriptor, find_fault
 from trawl.errors import LoadError, ShapeError
+from trawl.narrow_tensor import NarrowTensor
 from trawl.views import View
 
 TENSOR_NAME = re.compile(r"[0-9A-Za-z_]+(\.[0-9A-Za-z_]+)*")
@@ -37,9 +38,10 @@ def parse_descriptor(value: object, where: str) -> Descriptor:
         reader.fail("quant_method", method, repr(METHOD))
     if type(version) is not int or version != FORMAT_VERSION:
         reader.fail("format_version", version, f"{FORMAT_VERSION}, which this trawl reads; install a newer trawl")
-    stacks = reader.items("stacks")
+    narrow = reader.items("narrow") if "narrow" in reader.left else []
+    stacks = reader.items("stacks", empty=bool(narrow))
     reader.close()
-    descriptor = Descriptor(tuple(_stack(each) for each in stacks))
+    descriptor = Descriptor(tuple(_stack(each) for each in stacks), tuple(_narrow(each) for each in narrow))
     if fault := find_fault(descriptor):
         raise LoadError(f"{where}: quantization_config contradicts itself: {fault}")
     return descriptor
@@ -58,9 +60,20 @@ def _stack(reader: _Fields) -> DescribedStack:
         dtype=reader.choice("dtype", FLOAT_DTYPES),
         factors=reader.name("factors", TENSOR_NAME),
         slices=tuple(_slice(each) for each in reader.items("slices")),
+        joined=reader.flag("joined", absent=False),
     )
     reader.close()
     return stack
+
+
+def _narrow(reader: _Fields) -> NarrowTensor:
+    """Read one narrow tensor."""
+    name, shape, full = reader.name("tensor", TENSOR_NAME), reader.sizes("shape"), reader.sizes("full")
+    parts = reader.take("parts")
+    if not _is_size(parts):
+        reader.fail("parts", parts, f"an integer from 1 to {LARGEST_SIZE}")
+    reader.close()
+    return NarrowTensor(name, shape, full, parts)
 
 
 def _slice(reader: _Fields) -> DescribedSlice:
@@ -138,9 +151,9 @@ class _Fields:
             self.fail(field, value, f"one of {', '.join(known)}")
         return str(value)
 
-    def flag(self, field: str) -> bool:
-        """Return true or false."""
-        value = self.take(field)
+    def flag(self, field: str, *, absent: bool | None = None) -> bool:
+        """Return true or false; ``absent`` is what a field that may be left out stands for."""
+        value = self.take(field) if absent is None else self.left.pop(field, absent)
         if not isinstance(value, bool):
             self.fail(field, value, "true or false")
         return value is True
@@ -159,10 +172,10 @@ class _Fields:
             self.fail(field, list(sizes), "three integers")
         return sizes[0], sizes[1], sizes[2]
 
-    def items(self, field: str) -> list[_Fields]:
-        """Return the objects of a list that is not empty."""
+    def items(self, field: str, *, empty: bool = False) -> list[_Fields]:
+        """Return the objects of a list, which may be empty only if told so."""
         value = self.take(field)
-        if not isinstance(value, list) or not value:
+        if not isinstance(value, list) or not (value or empty):
             self.fail(field, value, "a list of objects")
         return [_Fields(each, f"{self.where}.{field}[{number}]") for number, each in enumerate(value)]
 

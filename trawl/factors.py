@@ -38,6 +38,7 @@ class Factors:
         relative_error: ‖T − T̂‖_F / ‖T‖_F, dimensionless, of these factors before any rounding on write.
         iterations: sweeps that the method made.
         converged: whether the change of fit fell under the method's tolerance before its cap on sweeps.
+        weighted_error: the relative error as second moments weigh it; None where nothing weighed it.
     """
 
     left: Tensor
@@ -47,6 +48,7 @@ class Factors:
     relative_error: float = float("nan")
     iterations: int = 0
     converged: bool = True
+    weighted_error: float | None = None
 
     def __post_init__(self) -> None:
         for name, tensor, ranks in (
@@ -165,7 +167,7 @@ class Factors:
             "iterations": self.iterations,
             "converged": self.converged,
             "metadata": dict(metadata),
-        }
+        } | ({} if self.weighted_error is None else {"weighted_error": self.weighted_error})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         with sealed(path) as file:
             file.write(serialize(tensors, metadata={"trawl": json.dumps(header, sort_keys=True)}))
@@ -196,6 +198,7 @@ class Factors:
                 relative_error=float(header["relative_error"]),
                 iterations=int(header["iterations"]),
                 converged=bool(header["converged"]),
+                weighted_error=header.get("weighted_error"),
             )
         except (KeyError, ShapeError) as e:
             raise LoadError(f"{path} does not hold one set of factors: {e}; delete it and decompose again") from e

@@ -77,6 +77,7 @@ def dense_layout(checkpoint: Checkpoint, descriptor: Descriptor) -> tuple[ShardL
     """
     factors = set(descriptor.factor_shapes)
     shapes = {part.tensor: part.stored_shape for stack in descriptor.stacks for part in stack.slices}
+    shapes |= {part.tensor: part.full for part in descriptor.narrow}
 
     def restore(entry: Entry) -> Iterable[Entry]:
         if entry.name in factors:
@@ -84,6 +85,20 @@ def dense_layout(checkpoint: Checkpoint, descriptor: Descriptor) -> tuple[ShardL
         return (Entry(entry.name, entry.dtype, shapes.get(entry.name, entry.shape)),)
 
     return tuple(_layout(shard, restore) for shard in checkpoint.shards)
+
+
+def reshaped_layout(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ShardLayout, ...]:
+    """Lay out the shards of a checkpoint some of whose tensors get another shape.
+
+    Args:
+        checkpoint: the source.
+        shapes: the new shapes, by name.
+    Returns: one layout per shard, under the same names.
+    """
+    return tuple(
+        _layout(shard, lambda entry: (Entry(entry.name, entry.dtype, shapes.get(entry.name, entry.shape)),))
+        for shard in checkpoint.shards
+    )
 
 
 def _layout(shard: Shard, change: Callable[[Entry], Iterable[Entry]]) -> ShardLayout:

@@ -6,12 +6,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, make_moments, open_moments, random_calibration
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import connected, local_path
 from trawl.decomposing import Spread, seal_stack
@@ -19,6 +21,8 @@ from trawl.errors import PlanError
 from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
+from trawl.layout import ShardLayout
+from trawl.narrowing import Narrowing, NarrowWriter
 from trawl.observers import Observer, silent
 from trawl.planning import Plan, make_plan
 from trawl.recipe import Recipe
@@ -29,9 +33,19 @@ from trawl.workspace import Workspace
 from trawl.writing import Advance, DenseWriter, FactoredWriter, SquaredErrors
 
 LOG = logging.getLogger("trawl")
+RANDOM_COSTS = "costs much of the quality that a text keeps"
 
 
-def plan(model: str | Path, recipe: Recipe, *, revision: str | None = None, family_file: Path | None = None) -> Plan:
+def plan(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    family_file: Path | None = None,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    moments: str | Path | None = None,
+) -> Plan:
     """Work out what :func:`compress` would do, from headers alone.
 
     Args:
@@ -39,11 +53,35 @@ def plan(model: str | Path, recipe: Recipe, *, revision: str | None = None, fami
         recipe: what to decompose and how.
         revision: branch, tag or commit of a hub id.
         family_file: a YAML family description to use in place of the built-in ones.
+        calibrate: as for :func:`compress`; the text is read, the model is not run.
+        calibration_tokens: likewise.
+        moments: likewise.
     Returns: stacks, ranks, parameters, bytes and estimates.
     Raises: TrawlError: the checkpoint or the recipe cannot be used; the message says why and what to do.
     Cost: reads headers; no shard of a hub checkpoint is downloaded.
     """
-    return make_plan(open_checkpoint(model, revision, weights=False), recipe, family_file)
+    check_anchored(recipe, calibrate, moments)
+    planned = make_plan(open_checkpoint(model, revision, weights=False), recipe, family_file)
+    kept = Path(moments) if moments is not None else None
+    source = open_moments(
+        planned.checkpoint,
+        planned.match,
+        calibrate,
+        calibration_tokens,
+        folder=kept,
+        output_weighting=recipe.output_weighting,
+    )
+    if isinstance(source, Calibration) and recipe.anchored:
+        return replace(planned, notes=(*planned.notes, _anchored_note(source)))
+    return replace(planned, notes=(*planned.notes, str(source))) if source else planned
+
+
+def _anchored_note(text: Calibration) -> str:
+    """Say what an anchored run will do, for a plan."""
+    return (
+        f"block by block, the original and the compressed model are run on up to {text.tokens:,} tokens of "
+        f"{text.text.name}, up to five times: about {2 * text.memory / 1e9:.1f} GB of memory"
+    )
 
 
 def compress(
@@ -58,6 +96,9 @@ def compress(
     device: str = "auto",
     max_memory: int = 0,
     factors: str | Path | None = None,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    moments: str | Path | None = None,
     ray: str | None = None,
     observer: Observer = silent,
 ) -> Report:
@@ -74,6 +115,10 @@ def compress(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: where stacks are decomposed.
         max_memory: bytes of slices to keep in memory, or on the GPU, between passes, instead of reading them again.
         factors: a factor library, such as a sweep leaves, to take every stack's factors from in place of decomposing.
+        calibrate: ``FILE.txt``, ``FILE.jsonl`` or ``hub:DATASET/SPLIT/FIELD``: the error is weighed by the second
+            moments of what each linear layer reads on this text.
+        calibration_tokens: of the text, at most, spread evenly over it.
+        moments: a folder of such moments to use, or with ``calibrate`` to keep them in for other runs.
         ray: ``local``, or the address of a Ray cluster: stacks are decomposed by its workers, each on
             ``OMP_NUM_THREADS`` CPUs, else 1. OUT must lie, and a local MODEL too, on storage that all machines share.
         observer: told of progress.
@@ -83,38 +128,70 @@ def compress(
         as the plan estimates; disk for the output and the factor files.
     """
     started = time.perf_counter()
+    check_anchored(recipe, calibrate, moments, factors, ray)
     checkpoint = open_checkpoint(model, revision)
     planned = make_plan(checkpoint, recipe, family_file)
     workspace = Workspace(Path(out) if out is not None else default_out(planned))
     library = FactorLibrary.open(Path(factors)) if factors is not None else None
-    identity = run_identity(planned, library)
+    where = pick_device("cpu" if ray is not None and device.startswith("cuda") else device)  # workers have their own
+    kept = Path(moments) if moments is not None else None
+    source = open_moments(
+        checkpoint,
+        planned.match,
+        calibrate,
+        calibration_tokens,
+        folder=kept,
+        device=where,
+        output_weighting=recipe.output_weighting,
+    )
+    if source is None and planned.narrowed:
+        source = random_calibration(checkpoint, planned.match, calibration_tokens, where)
+        LOG.warning(
+            "no calibration text: units are chosen by what the model computes on random tokens, which %s; pass "
+            "--calibrate TEXT",
+            RANDOM_COSTS,
+        )
+    identity = run_identity(planned, library, source)
     if resume and (finished := read_report(workspace.out, identity)):
         LOG.warning("%s is complete already; nothing to resume", workspace.out)
         return finished
     side_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files)
     needed = planned.output_bytes + planned.work_bytes + side_bytes
+    if isinstance(source, Calibration) and kept is None and not recipe.anchored:
+        needed += source.nbytes
     workspace.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=needed)
     if library and ray is not None:
         raise PlanError("--ray spreads decompositions, and --factors needs none; leave one of the two out")
-    where = pick_device("cpu" if ray is not None and device.startswith("cuda") else device)  # workers have their own
+    if source and recipe.engine == "tensorly":
+        raise PlanError("engine tensorly cannot weigh the error by moments; use the default engine, streaming")
+    if source and recipe.method == "tucker" and any(item.rank[0] < item.stack.shape[0] for item in planned.stacks):
+        raise PlanError("a stack mode cannot be compressed by weighted error; give --rank INT, which keeps it")
+    if library and source:
+        raise PlanError("--factors takes factors as they are; moments weigh new ones: leave one of the two out")
     with connected(ray, device) as cluster:
         absmax = check_weights(planned, observer)
-        spread = None
-        if cluster:
-            fingerprint = checkpoint.fingerprint
-            spread = Spread(cluster, local_path(model), revision, recipe, family_file, fingerprint, max_memory)
         with workspace.locked(identity, resume=resume):
+            if isinstance(source, Calibration) and recipe.anchored:
+                planned = replace(planned, anchor=source)
+            else:
+                planned = replace(planned, moments=make_moments(source, kept or workspace.moments, observer))
+            spread = None
+            if cluster:
+                fingerprint = checkpoint.fingerprint
+                folder = planned.moments.path.absolute() if planned.moments else None
+                spread = Spread(
+                    cluster, local_path(model), revision, recipe, family_file, fingerprint, max_memory, folder
+                )
             seconds = decompose_stacks(
                 planned, workspace, absmax, where, library, spread=spread, max_memory=max_memory, observer=observer
             )
             errors = write_shards(planned, workspace, absmax, observer)
             copy_side_files(checkpoint, workspace.staged)
-            write_factored_config(planned, workspace.staged)
+            write_config(planned, workspace.staged)
+            results = (load_result(planned, factor_path(workspace, item.stack)) for item in planned.stacks)
             reports = tuple(
-                report_stack(
-                    item, Factors.load(factor_path(workspace, item.stack))[0], errors, seconds[item.stack.name]
-                )
-                for item in planned.stacks
+                report_stack(item, result, errors, seconds[item.stack.name])
+                for item, result in zip(planned.stacks, results, strict=True)
             )
             report = Report(workspace.out, reports, time.perf_counter() - started)
             write_records(planned, report, identity, workspace.staged)
@@ -122,13 +199,39 @@ def compress(
     return report
 
 
+def check_anchored(recipe: Recipe, calibrate: Any, moments: Any, factors: Any = None, ray: str | None = None) -> None:
+    """Raise PlanError for an anchored run without a text, or with what it has no use for."""
+    if not recipe.anchored:
+        return
+    if calibrate is None:
+        raise PlanError(
+            "an anchored run needs the inputs that the compressed model computes on a text, of which moments of the "
+            "original alone know nothing; pass --calibrate TEXT, or leave --anchored out"
+        )
+    for name, given in (("moments", moments), ("factors", factors), ("ray", ray)):
+        if given is not None:
+            raise PlanError(
+                f"--{name} does not go with --anchored: each stack depends on those before it, as they are here; leave "
+                "one of the two out"
+            )
+
+
 def default_out(planned: Plan) -> Path:
     """Name an output folder after model, method and rank."""
-    rank = planned.recipe.rank
-    text = str(rank) if isinstance(rank, int) else "-".join(map(str, rank))
+    recipe = planned.recipe
+    if recipe.method == "narrow":
+        sizes = {"w": recipe.width, "kv": recipe.kv_heads}
+        text = "-".join(f"{name}{size_text(size)}" for name, size in sizes.items() if size is not None)
+    else:
+        text = f"r{size_text(recipe.rank)}"
     origin = Path(planned.checkpoint.origin)
     stem = origin.stem if origin.suffix == ".gguf" else origin.resolve().name
-    return Path(f"{stem}-{planned.recipe.method}-r{text}")
+    return Path(f"{stem}-{recipe.method}-{text}")
+
+
+def size_text(size: object) -> str:
+    """Write a rank or a width as part of a file's name."""
+    return "-".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 def pick_device(device: str) -> torch.device:
@@ -147,7 +250,9 @@ def pick_device(device: str) -> torch.device:
     return chosen
 
 
-def run_identity(planned: Plan, library: FactorLibrary | None) -> dict[str, Any]:
+def run_identity(
+    planned: Plan, library: FactorLibrary | None, moments: Calibration | Moments | None = None
+) -> dict[str, Any]:
     """Return what an output depends on; two runs with equal identities may share sealed files.
 
     Raises: PlanError: the library has no factors of a stack. LoadError: a file there is damaged.
@@ -158,6 +263,8 @@ def run_identity(planned: Plan, library: FactorLibrary | None) -> dict[str, Any]
         "stacks": [planned.stack.name for planned in planned.stacks],
         "versions": versions(),
     }
+    if moments:
+        identity["moments"] = moments.fingerprint
     if library:
         identity["factors"] = {
             item.stack.name: digest(library.load(library.find(planned, item))) for item in planned.stacks
@@ -199,6 +306,11 @@ def decompose_stacks(
     Returns: seconds by stack; 0 for one that was sealed before or comes from the library.
     """
     seconds = {item.stack.name: 0.0 for item in planned.stacks}
+    if planned.anchor:
+        from trawl.anchoring import seal_anchored  # noqa: PLC0415 (transformers' model code: a second)
+
+        paths = {item.stack.name: factor_path(workspace, item.stack) for item in planned.stacks}
+        return seal_anchored(planned, planned.anchor, paths, absmax, observer)
     missing = [item for item in planned.stacks if not factor_path(workspace, item.stack).exists()]
     if spread:
         return seconds | spread.seal(
@@ -221,6 +333,11 @@ def decompose_stacks(
     return seconds
 
 
+def load_result(planned: Plan, path: Path) -> Factors | Narrowing:
+    """Return what a stack's sealed file holds."""
+    return Narrowing.load(path) if planned.narrowed else Factors.load(path)[0]
+
+
 def factor_path(workspace: Workspace, stack: Stack) -> Path:
     """Where a stack's factor file lies while a run works."""
     return workspace.factors / f"{stack.name}.safetensors"
@@ -237,10 +354,17 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
     def factors(name: str) -> Factors:
         return Factors.load(workspace.factors / f"{name}.safetensors")[0]
 
+    @lru_cache(maxsize=1)
+    def narrowing(name: str) -> Narrowing:
+        return Narrowing.load(workspace.factors / f"{name}.safetensors")
+
     stacks = tuple(item.stack for item in planned.stacks)
     checkpoint = planned.checkpoint
     jobs: list[tuple[str, int, Callable[[Path, Advance], SquaredErrors]]]
-    if planned.descriptor:
+    if planned.narrowed:
+        narrow = NarrowWriter(checkpoint, planned.narrowed, narrowing)
+        jobs = [(layout.name, layout.nbytes, partial(_write_narrow, narrow, layout)) for layout in planned.layouts]
+    elif planned.descriptor:
         compressed = FactoredWriter(checkpoint, planned.descriptor, stacks, factors, absmax)
         jobs = [(layout.name, layout.nbytes, partial(compressed.write, layout)) for layout in planned.layouts]
     else:
@@ -268,11 +392,19 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
     return errors
 
 
-def write_factored_config(planned: Plan, staged: Path) -> None:
-    """Replace the copied config.json and index by those of a factored checkpoint."""
-    if planned.descriptor is None:
+def _write_narrow(writer: NarrowWriter, layout: ShardLayout, path: Path, advance: Advance) -> SquaredErrors:
+    """Write one narrow shard; its errors are measured when units are chosen."""
+    writer.write(layout, path, advance)
+    return SquaredErrors()
+
+
+def write_config(planned: Plan, staged: Path) -> None:
+    """Replace the copied config.json and index by those of a factored or a narrow checkpoint."""
+    if not planned.layouts:
         return
-    config = {**planned.checkpoint.config, "quantization_config": planned.descriptor.to_json()}
+    config = dict(planned.narrowed.config if planned.narrowed else planned.checkpoint.config)
+    if planned.descriptor:
+        config["quantization_config"] = planned.descriptor.to_json()
     write_json(staged / "config.json", config)
     write_index(planned.checkpoint.folder, planned.layouts, staged)
 

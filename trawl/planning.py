@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 
-from trawl.checkpoint import Checkpoint
+from trawl.calibration import Calibration, Moments
+from trawl.checkpoint import BITS, Checkpoint
 from trawl.decompose import Method
 from trawl.descriptor import Descriptor, describe, describe_stack
-from trawl.errors import RankError
+from trawl.errors import PlanError, RankError
 from trawl.families import ATTENTION, FamilyMatch, Placement, match_family
-from trawl.layout import ShardLayout, factored_layout
+from trawl.layout import ShardLayout, factored_layout, reshaped_layout
+from trawl.narrowing import Narrowed, narrow
 from trawl.recipe import Recipe
 from trawl.stacking import Stack, make_stacks
 
@@ -65,14 +68,26 @@ class Plan:
     checkpoint: Checkpoint
     match: FamilyMatch
     recipe: Recipe
-    method: Method
     stacks: tuple[PlannedStack, ...]
     notes: tuple[str, ...]
     descriptor: Descriptor | None = None  # of a factored output
+    narrowed: Narrowed | None = None  # what a narrow output leaves out
+    moments: Moments | None = None  # that weigh the error
+    anchor: Calibration | None = None  # the text of an anchored run
+
+    @property
+    def method(self) -> Method:
+        """The method with its hyper-parameters.
+
+        Raises: PlanError: the recipe's method makes no factors.
+        """
+        return self.recipe.decomposition()
 
     @cached_property
     def layouts(self) -> tuple[ShardLayout, ...]:
-        """Shards of a factored output."""
+        """Shards of an output whose tensors have other shapes: factored or narrow."""
+        if self.narrowed:
+            return reshaped_layout(self.checkpoint, self.narrowed.shapes)
         return factored_layout(self.checkpoint, self.descriptor) if self.descriptor else ()
 
     @property
@@ -83,14 +98,14 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """Bytes of the output's shards, exactly; dense output keeps every shape and dtype."""
-        return sum(layout.nbytes for layout in self.layouts) if self.descriptor else self.checkpoint.nbytes
+        return sum(layout.nbytes for layout in self.layouts) if self.layouts else self.checkpoint.nbytes
 
     @property
     def output_parameters(self) -> int:
         """Entries of the output's tensors."""
-        before = sum(item.stack.parameters for item in self.stacks)
-        after = sum(item.parameters_after for item in self.stacks)
-        return self.checkpoint.parameters + (after - before if self.descriptor else 0)
+        if not self.layouts:
+            return self.checkpoint.parameters
+        return sum(math.prod(entry.shape) for layout in self.layouts for entry in layout.entries)
 
     @property
     def work_bytes(self) -> int:
@@ -101,7 +116,7 @@ class Plan:
     def memory(self) -> int:
         """Estimated peak of the process's own memory, in bytes."""
         tensors = self.checkpoint.tensors
-        names = () if self.descriptor else self.changed_tensors
+        names = () if self.descriptor and not self.narrowed else self.changed_tensors
         written = max((tensors[name].nbytes for name in names), default=0)
         working = max((planned.memory for planned in self.stacks), default=0)
         return RUNTIME_BYTES + max(working, written + WRITE_BLOCK_BYTES)
@@ -175,12 +190,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, family_file: Path | None =
     Cost: time and memory in the number of tensors, not in their size.
     """
     match = match_checkpoint(checkpoint, family_file)
+    if recipe.method == "narrow":
+        return _narrow_plan(checkpoint, match, recipe)
     method = recipe.decomposition()
     layers = recipe.selected_layers(match.layers)
-    roles = recipe.selected_roles(match.roles)
+    roles = recipe.selected_roles((*match.roles, *match.outside))
     chosen = [part for part in match.placements if part.layer in layers and part.role in roles]
+    outside = dict.fromkeys(part for role, part in match.outside.items() if role in roles)
     planned = []
-    for stack in make_stacks(chosen, recipe.layers_per_stack, single=recipe.method == "svd"):
+    for stack in (*_stacks(chosen, recipe), *_outside_stacks(tuple(outside), recipe)):
         method.check_rank(stack.shape, f"stack {stack.name}")
         planned.append(
             PlannedStack(
@@ -188,11 +206,67 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, family_file: Path | None =
                 method.ranks(stack.shape),
                 method.parameters(stack.shape),
                 method.flops(stack.shape),
-                method.working_set(stack.shape),
+                method.working_set(stack.shape) + _joined_bytes(checkpoint, stack),
             )
         )
     descriptor = _describe(checkpoint, recipe, planned) if recipe.write == "factored" else None
-    return Plan(checkpoint, match, recipe, method, tuple(planned), tuple(_notes(chosen)), descriptor)
+    notes = (*_notes(chosen, recipe), *_tied_notes(match, roles))
+    return Plan(checkpoint, match, recipe, tuple(planned), notes, descriptor)
+
+
+def _narrow_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> Plan:
+    """Work out what leaving out units means for a checkpoint."""
+    layers = recipe.selected_layers(match.layers)
+    if recipe.roles != "all":
+        raise PlanError(
+            f"roles are {recipe.roles!r}, and method narrow cuts whole FCs (--width) and whole attentions "
+            "(--kv-heads); leave --roles out"
+        )
+    plain = recipe.write == "dense"
+    narrowed = narrow(checkpoint, match, layers, width=recipe.width, kv_heads=recipe.kv_heads, plain=plain)
+    descriptor = Descriptor((), narrowed.narrow) if narrowed.narrow else None
+    planned = tuple(
+        PlannedStack(cut.stack, cut.rank, cut.parameters, cut.flops, cut.working_set) for cut in narrowed.cuts
+    )
+    return Plan(checkpoint, match, recipe, planned, (), descriptor, narrowed=narrowed)
+
+
+def _stacks(chosen: list[Placement], recipe: Recipe) -> list[Stack]:
+    """Group the selected slices the way the recipe says."""
+    stacks = make_stacks(chosen, recipe.layers_per_stack, single=recipe.method == "svd", share=recipe.share)
+    if recipe.share != "none" and not any(stack.joined for stack in stacks):
+        raise PlanError(
+            f"share {recipe.share!r} joins nothing in roles {recipe.roles!r} of layers {recipe.layers!r}: it takes two "
+            f"or more of q, k, v or of gate, up{' in one layer' * (recipe.layers_per_stack == 1)}; choose other roles, "
+            "or leave --share out"
+        )
+    if recipe.anchored and (wide := next((stack for stack in stacks if len(stack.layers) > 1), None)):
+        raise PlanError(
+            f"stack {wide.name} lies in {len(wide.layers)} layers, and an anchored run goes block by block; pass "
+            "--group-layers 1, or leave --anchored out"
+        )
+    return stacks
+
+
+def _outside_stacks(parts: tuple[Placement, ...], recipe: Recipe) -> list[Stack]:
+    """Make a stack of each matrix outside the layers."""
+    roles = ", ".join(part.role for part in parts)
+    if parts and recipe.method != "svd":
+        raise PlanError(
+            f"{roles} in roles {recipe.roles!r}: a matrix outside the layers stands alone, and method {recipe.method} "
+            "takes stacks of several; pass --method svd, or leave it out"
+        )
+    if parts and recipe.anchored:
+        raise PlanError(
+            f"{roles} in roles {recipe.roles!r}: an anchored run goes block by block, and this lies outside of them; "
+            "leave it or --anchored out"
+        )
+    return [Stack(part.role, (part,)) for part in parts]
+
+
+def _joined_bytes(checkpoint: Checkpoint, stack: Stack) -> int:
+    """Return the size of the one matrix that joined slices are copied into."""
+    return stack.parameters * BITS[checkpoint.tensors[stack.tensors[0]].dtype] // 8 if stack.joined else 0
 
 
 def _describe(checkpoint: Checkpoint, recipe: Recipe, planned: list[PlannedStack]) -> Descriptor:
@@ -233,16 +307,24 @@ def break_even(recipe: Recipe, stack: Stack) -> str:
     return f"use a rank up to {low}, the break-even"
 
 
-def _notes(chosen: list[Placement]) -> list[str]:
+def _notes(chosen: list[Placement], recipe: Recipe) -> list[str]:
     """Say which attention roles stack apart, and why."""
     by_shape: dict[tuple[int, int], list[str]] = {}
     for part in chosen:
         if part.role in ATTENTION and part.role not in by_shape.setdefault(part.shape, []):
             by_shape[part.shape].append(part.role)
-    if len(by_shape) < 2:
+    if len(by_shape) < 2 or recipe.share != "none":
         return []
     parts = " and ".join(f"{','.join(roles)} {shape}" for shape, roles in by_shape.items())
     return [f"attention roles of unequal shape stack apart (grouped-query attention): {parts}"]
+
+
+def _tied_notes(match: FamilyMatch, roles: tuple[str, ...]) -> list[str]:
+    """Say that the head is the embeddings, where either is selected."""
+    embed, head = (match.outside.get(role) for role in ("embed", "lm_head"))
+    if embed is None or embed != head or not {"embed", "lm_head"} & set(roles):
+        return []
+    return [f"embed and lm_head are tied: {embed.tensor} stands for both, and stays so"]
 
 
 def summarize(checkpoint: Checkpoint, match: FamilyMatch) -> dict[str, Any]:

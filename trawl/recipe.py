@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trawl.decompose import CP, SVD, Method, Tucker
 from trawl.errors import PlanError, RankError, suggestion
-from trawl.families import ATTENTION, FC
-from trawl.stacking import format_layers
+from trawl.families import ATTENTION, FC, OUTSIDE
+from trawl.stacking import Share, format_layers
 
-METHODS = ("cp", "tucker", "svd")
+METHODS = ("cp", "tucker", "svd", "narrow")
+OutputWeighting = Literal["none", "fisher", "kronecker"]
 ROLE_GROUPS = {"fc": FC, "attn": ATTENTION, "all": ATTENTION + FC}
 
 
@@ -22,11 +23,23 @@ class Recipe(BaseModel):
     """What to decompose, how, and what to write.
 
     Attributes:
-        method: ``cp``, ``tucker`` or ``svd`` (each matrix by itself, as LASER does).
-        rank: one integer, or for Tucker a triple (stack, inner, hidden).
+        method: ``cp``, ``tucker`` or ``svd`` (each matrix by itself, as LASER does); ``narrow`` leaves out inner units.
+        rank: one integer, or for Tucker a triple (stack, inner, hidden); None for ``narrow``.
+        width: inner width that ``narrow`` leaves of every FC: a number of units, a share of them that is rounded to a
+            multiple of 64 (of the largest power of two that divides the width, where 64 does not), or a number for
+            each selected layer.
+        kv_heads: key-value heads that ``narrow`` leaves, with the query heads that share them.
         layers: ``"all"`` or a list such as ``"20-30,35"``, counted from 0.
-        roles: ``"fc"``, ``"attn"``, ``"all"``, or a comma-separated list of q, k, v, o, gate, up, down.
-        group_layers: layers stacked together: ``"all"`` or how many consecutive selected layers; 1 is layer by layer.
+        roles: ``"fc"``, ``"attn"``, ``"all"``, or a comma-separated list of q, k, v, o, gate, up, down, and of embed
+            and lm_head, which lie outside the layers.
+        group_layers: layers stacked together: ``"all"`` or how many consecutive selected layers; 1 is layer by layer,
+            the default of a recipe that shares, or is anchored.
+        share: which matrices an ``svd`` gives one right factor: none, those of the grouped layers that read the same
+            ``"input"`` (q, k and v; gate and up), or those of one ``"role"``; o and down always stay single.
+        anchored: whether a calibrated run goes block by block, each stack fitted to what the original model computes
+            from the inputs that the compressed model gives it; stacks lie within one layer then.
+        output_weighting: how a calibrated run weighs what a matrix gives, beside what it reads: not at all, or by the
+            loss's gradients, row by row (``"fisher"``) or by their second moment (``"kronecker"``).
         write: ``"dense"`` (same tensors and shapes) or ``"factored"`` (factors in place of matrices).
         factor_dtype: of stored factors; None takes the source's.
         allow_larger: whether a stack may be factored into more parameters than its matrices have.
@@ -39,11 +52,16 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["cp", "tucker", "svd"] = "cp"
-    rank: int | tuple[int, int, int]
+    method: Literal["cp", "tucker", "svd", "narrow"] = "cp"
+    rank: int | tuple[int, int, int] | None = None
+    width: int | float | tuple[int, ...] | None = None
+    kv_heads: int | None = None
     layers: str = "all"
     roles: str = "all"
     group_layers: Literal["all"] | int = "all"
+    share: Share = "none"
+    anchored: bool = False
+    output_weighting: OutputWeighting = "none"
     write: Literal["dense", "factored"] = "dense"
     factor_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     allow_larger: bool = False
@@ -68,6 +86,58 @@ class Recipe(BaseModel):
     def _roles_as_text(cls, value: Any) -> Any:
         return ",".join(value) if isinstance(value, (list, tuple)) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _within_layers(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (values.get("share", "none") != "none" or values.get("anchored")):
+            return {"group_layers": 1, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Recipe:
+        """Raise PlanError unless the sizes are those that the method takes."""
+        narrow = self.method == "narrow"
+        given = [name for name in ("width", "kv_heads") if getattr(self, name) is not None]
+        if given and not narrow:
+            raise PlanError(f"{given[0]} goes with method narrow, and the method is {self.method}; pass --rank INT")
+        if narrow and self.rank is not None:
+            raise PlanError(f"rank is {self.rank}, and method narrow takes none; pass --width or --kv-heads instead")
+        if narrow and self.output_weighting != "none":
+            raise PlanError(
+                f"output weighting {self.output_weighting!r} weighs what a decomposition misses, and method narrow "
+                "leaves out units; leave --output-weighting out"
+            )
+        if narrow and not given:
+            raise PlanError("method narrow needs a size; pass --width 0.75, --width 1152, or --kv-heads N")
+        if not narrow and self.rank is None:
+            raise PlanError("no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_share(self) -> Recipe:
+        """Raise PlanError for matrices that cannot be shared so."""
+        if self.share != "none" and self.method != "svd":
+            raise PlanError(
+                f"share {self.share!r} joins matrices for an SVD, and the method is {self.method}; pass --method svd, "
+                "or leave --share out"
+            )
+        if self.share == "role" and self.group_layers == 1:
+            raise PlanError(
+                "share 'role' joins the matrices of one role over layers, and group_layers is 1; pass --group-layers "
+                "with a larger number or all, or --share input"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_anchored(self) -> Recipe:
+        """Raise PlanError for a weighting that an anchored run has no moments of."""
+        if self.anchored and self.output_weighting != "none":
+            raise PlanError(
+                f"output_weighting {self.output_weighting!r} takes gradients of the original model, and an anchored "
+                "run knows none of the compressed one; leave one of the two out"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """Return the recipe as YAML that :func:`read_recipe` takes back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -83,9 +153,15 @@ class Recipe(BaseModel):
             options["n_iter_max"] = self.n_iter_max
         if self.tol is not None:
             options["tol"] = self.tol
+        if self.method == "narrow":
+            raise PlanError(
+                "method narrow selects units and makes no factors; use trawl compress for it, or another method here"
+            )
         if self.method == "tucker":
+            assert self.rank is not None
             return Tucker(rank=self.rank, **options)
         if not isinstance(self.rank, int):
+            assert self.rank is not None
             raise RankError(f"rank {','.join(map(str, self.rank))} is a triple; {self.method} takes one integer")
         return CP(rank=self.rank, **options) if self.method == "cp" else SVD(rank=self.rank, **options)
 
@@ -100,12 +176,12 @@ class Recipe(BaseModel):
         for word in filter(None, re.split(r"[,\s]+", self.roles.strip())):
             if word in ROLE_GROUPS:
                 wanted += ROLE_GROUPS[word]
-            elif word in ROLE_GROUPS["all"]:
+            elif word in (*ROLE_GROUPS["all"], *OUTSIDE):
                 if word not in present:
                     raise PlanError(f"the model has no {word!r} matrices; it has {', '.join(present)}")
                 wanted.append(word)
             else:
-                known = (*ROLE_GROUPS, *ROLE_GROUPS["all"])
+                known = (*ROLE_GROUPS, *ROLE_GROUPS["all"], *OUTSIDE)
                 raise PlanError(f"unknown role {word!r}{suggestion(word, known)} (known: {', '.join(known)})")
         chosen = tuple(role for role in present if role in wanted)
         if not chosen:
@@ -159,7 +235,7 @@ def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
         raise PlanError(
             f"{origin}: unknown method {method!r}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})"
         )
-    if "rank" not in values:
+    if "rank" not in values and method != "narrow":
         raise PlanError(f"{origin}: no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
     group = values.get("group_layers", "all")
     if group != "all" and not (isinstance(group, int) and group >= 1):

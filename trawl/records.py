@@ -14,16 +14,27 @@ from typing import Any
 import torch
 import yaml
 
+from trawl.calibration import Calibration, Moments
 from trawl.checkpoint import INDEX_NAME, read_json
 from trawl.errors import CheckpointError, PlanError
 from trawl.factors import Factors
 from trawl.layout import ShardLayout, index_file
+from trawl.narrowing import Narrowing
 from trawl.planning import Plan, PlannedStack
+from trawl.recipe import Recipe
 from trawl.shards import sealed
 from trawl.stacking import format_layers
 from trawl.writing import SquaredErrors
 
 WEAK_ENERGY = 0.5
+MEANING = (
+    "Relative error is ‖T − T̂‖ / ‖T‖ in the Frobenius norm, measured on the weights as written; kept energy is "
+    "1 − relative error²."
+)
+NARROW_MEANING = (
+    "Relative error is √(E‖y − ŷ‖² / E‖y‖²) of what each stack puts out, by the second moments that its units were "
+    "chosen by and with the weights as written; kept energy is 1 − relative error²."
+)
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n?", re.DOTALL)
 CARRIED_METADATA = ("license", "license_name", "license_link", "language", "library_name", "pipeline_tag", "datasets")
 
@@ -46,6 +57,7 @@ class StackReport:
         iterations: sweeps made.
         converged: whether the change of fit fell under the tolerance before the cap on sweeps.
         seconds: time of its decomposition; 0 when a sealed factor file was reused.
+        weighted_error: the relative error as moments weigh it, of the factors before rounding; None without moments.
     """
 
     name: str
@@ -61,6 +73,7 @@ class StackReport:
     iterations: int
     converged: bool
     seconds: float
+    weighted_error: float | None = None
 
     @property
     def kept_energy(self) -> float:
@@ -72,12 +85,22 @@ class StackReport:
         return asdict(self) | {"kept_energy": self.kept_energy}
 
 
-def report_stack(item: PlannedStack, factors: Factors, errors: SquaredErrors, seconds: float) -> StackReport:
+def report_stack(item: PlannedStack, result: Factors | Narrowing, errors: SquaredErrors, seconds: float) -> StackReport:
     """Put together what became of one stack.
 
+    Args:
+        item: the stack.
+        result: what its sealed file holds.
+        errors: of the weights as written; a narrowing has measured its outputs itself.
+        seconds: time of its decomposition.
     Raises: CheckpointError: what was written is not finite, because the stored dtype is too narrow for it.
     """
-    error = errors.relative(item.stack.name)
+    if isinstance(result, Narrowing):
+        error, rounding = result.relative_error, result.rounding_error
+        iterations, converged, weighted = 0, True, None
+    else:
+        error, rounding = errors.relative(item.stack.name), errors.relative_rounding(item.stack.name)
+        iterations, converged, weighted = result.iterations, result.converged, result.weighted_error
     if not error < float("inf"):
         raise CheckpointError(
             f"stack {item.stack.name}: the approximation does not fit the stored dtype (relative error {error}); "
@@ -91,12 +114,13 @@ def report_stack(item: PlannedStack, factors: Factors, errors: SquaredErrors, se
         shape=item.stack.shape,
         rank=item.rank,
         relative_error=error,
-        rounding_error=errors.relative_rounding(item.stack.name),
+        rounding_error=rounding,
         parameters_before=item.stack.parameters,
         parameters_after=item.parameters_after,
-        iterations=factors.iterations,
-        converged=factors.converged,
+        iterations=iterations,
+        converged=converged,
         seconds=round(seconds, 3),
+        weighted_error=weighted,
     )
 
 
@@ -144,6 +168,7 @@ def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], st
         "seconds": round(report.seconds, 3),
         "source": {"model": planned.checkpoint.origin, "revision": planned.checkpoint.revision},
         "family": {"name": planned.match.family, "assumed": list(planned.match.assumed)},
+        "calibration": calibrated.to_json() if (calibrated := planned.moments or planned.anchor) else None,
         "identity": identity,
         "stacks": [stack.to_json() for stack in report.stacks],
     }
@@ -192,28 +217,22 @@ def _stack_report(values: Mapping[str, Any]) -> StackReport:
 def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
     """Return the output's README.md: metadata, what was done, with what error, and how to repeat it."""
     checkpoint, recipe = planned.checkpoint, planned.recipe
-    before = sum(stack.parameters_before for stack in report.stacks)
     name = Path(checkpoint.origin).name
-    if planned.descriptor is None:
-        title, how = "denoised", "The tensors have their old names, shapes and dtypes: it loads wherever it did before."
-    else:
-        title, how = (
-            "compressed",
-            "It loads through transformers once `import trawl` was run (`pip install trawl-llm`).",
-        )
+    title, done = _what_was_done(planned, report, name)
     intro = (
-        f"Low-rank approximations stand in place of {before:,} of the {checkpoint.parameters:,} weights of {name}. "
-        f"{how} Nothing was trained. Parameters: {planned.output_parameters:,}; shards: {planned.output_bytes:,} bytes "
-        f"({checkpoint.nbytes:,} before)."
+        f"{done} Nothing was trained. Parameters: {planned.output_parameters:,}; shards: {planned.output_bytes:,} "
+        f"bytes ({checkpoint.nbytes:,} before)."
     )
+    shared = "" if recipe.share == "none" else f"share {recipe.share}, "
     settings = (
-        f"Method {recipe.method.upper()}, rank {recipe.rank}, layers {recipe.layers}, roles {recipe.roles}, "
-        f"group-layers {recipe.group_layers}, seed {recipe.seed}."
+        f"Method {recipe.method.upper()}, {_sizes(recipe)}, layers {recipe.layers}, roles {recipe.roles}, "
+        f"group-layers {recipe.group_layers}, {shared}seed {recipe.seed}."
     )
-    meaning = (
-        "Relative error is ‖T − T̂‖ / ‖T‖ in the Frobenius norm, measured on the weights as written; kept energy is "
-        "1 − relative error²."
-    )
+    if planned.moments:
+        settings += f" {_calibrated(planned.moments)}"
+    if planned.anchor:
+        settings += f" {_anchored(planned.anchor)}"
+    meaning = NARROW_MEANING if planned.narrowed else MEANING
     lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks), "", meaning]
     if report.weak_stacks:
         lines += ["", f"**{weak_warning(report)}**"]
@@ -221,6 +240,49 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
     if record["command"]:
         lines += ["", "```", record["command"], "```"]
     return _front_matter(planned) + "\n".join(lines) + "\n"
+
+
+def _what_was_done(planned: Plan, report: Report, name: str) -> tuple[str, str]:
+    """Return what the output is called, and say what stands in it and where it loads."""
+    before = sum(stack.parameters_before for stack in report.stacks)
+    total = planned.checkpoint.parameters
+    through = "It loads through transformers once `import trawl` was run (`pip install trawl-llm`)."
+    if planned.narrowed:
+        after = sum(stack.parameters_after for stack in report.stacks)
+        what = f"Inner units are left out, {after:,} of {before:,} weights around them stay of the {total:,} of {name}."
+        where = "It is an ordinary, smaller checkpoint of the same architecture."
+        return "narrowed", f"{what} {through if planned.descriptor else where}"
+    what = f"Low-rank approximations stand in place of {before:,} of the {total:,} weights of {name}."
+    if planned.descriptor:
+        return "compressed", f"{what} {through}"
+    return (
+        "denoised",
+        f"{what} The tensors have their old names, shapes and dtypes: it loads wherever it did before.",
+    )
+
+
+def _sizes(recipe: Recipe) -> str:
+    """Say how small the stacks were made."""
+    sizes = {"rank": recipe.rank, "width": recipe.width, "key-value heads": recipe.kv_heads}
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size is not None)
+
+
+def _calibrated(moments: Moments) -> str:
+    """Say what weighed the error."""
+    outputs = f" and of the loss's gradients by what it gives ({moments.outputs.kind})" if moments.outputs else ""
+    return (
+        f"The error is weighed by the second moments of what each layer reads{outputs} on {moments.tokens:,} tokens of "
+        f"{moments.identity.text} (fingerprint {moments.fingerprint[:12]}); weighted error is relative to that norm."
+    )
+
+
+def _anchored(text: Calibration) -> str:
+    """Say what stacks were fitted to."""
+    return (
+        f"Block by block, each stack is fitted to what the original model computes on {text.windows.numel():,} tokens "
+        f"of {text.text.name} (fingerprint {text.fingerprint[:12]}), from the inputs that the compressed one gives it; "
+        "weighted error is relative to the second moments of these inputs."
+    )
 
 
 def weak_warning(report: Report) -> str:
@@ -235,7 +297,9 @@ def weak_warning(report: Report) -> str:
 
 def _table(stacks: Sequence[StackReport]) -> list[str]:
     """Return the stacks as a Markdown table."""
-    names = ("stack", "layers", "roles", "shape", "rank", "relative error", "kept energy", "parameters", "in factors")
+    weighted = any(stack.weighted_error is not None for stack in stacks)
+    errors = ("relative error", "weighted error") if weighted else ("relative error",)
+    names = ("stack", "layers", "roles", "shape", "rank", *errors, "kept energy", "parameters", "in factors")
     rows = [
         (
             stack.name,
@@ -244,6 +308,7 @@ def _table(stacks: Sequence[StackReport]) -> list[str]:
             _times(stack.shape),
             _times(stack.rank),
             f"{stack.relative_error:.5f}",
+            *(["" if stack.weighted_error is None else f"{stack.weighted_error:.5f}"] if weighted else []),
             f"{stack.kept_energy:.2%}",
             f"{stack.parameters_before:,}",
             f"{stack.parameters_after:,}",
@@ -268,7 +333,7 @@ def _front_matter(planned: Plan) -> str:
             loaded = None  # a card with broken metadata has none to carry over
         if isinstance(loaded, dict):
             carried = {key: loaded[key] for key in CARRIED_METADATA if key in loaded}
-    tags = ["trawl", "low-rank", planned.recipe.method]
+    tags = ["trawl", "pruned" if planned.narrowed else "low-rank", planned.recipe.method]
     metadata = {"base_model": planned.checkpoint.origin, "library_name": "transformers", **carried, "tags": tags}
     if planned.checkpoint.revision is None:  # a local path is no model on the hub, and says too much of this machine
         metadata["base_model"] = Path(planned.checkpoint.origin).name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,23 +14,59 @@ from trawl.checkpoint import FLOAT_DTYPES, Checkpoint
 from trawl.errors import CheckpointError
 from trawl.families import ATTENTION, FC, Placement
 
+READ_INNER = ("o", "down", "embed")  # every other role reads the residual stream, the hidden side
+
+Share = Literal["none", "input", "role"]
+
+
+class Place(NamedTuple):
+    """Where the factors of a stack hold one of its slices.
+
+    Attributes:
+        s: index in the stack mode of the factors.
+        rows: of the left factor.
+    """
+
+    s: int
+    rows: slice = slice(None)
+
+
+def make_places(widths: Sequence[int], *, joined: bool) -> tuple[Place, ...]:
+    """Return where factors hold slices of these inner widths: one after the other, or joined, one below the other."""
+    if not joined:
+        return tuple(Place(s) for s in range(len(widths)))
+    return tuple(Place(0, slice(start, stop)) for start, stop in pairwise(accumulate(widths, initial=0)))
+
 
 @dataclass(frozen=True)
 class Stack:
     """Slices of one shape, decomposed together: an order-3 tensor (S, inner, hidden) that is never held whole.
 
+    Joined slices stand one below the other in one matrix, [W_1; W_2; …], and may differ in their inner width: its
+    factors have one right factor for all of them, and each has a range of rows of the left one.
+
     Attributes:
         name: unique within a plan, and the name of its factor file.
-        slices: in the order of the stack mode: by layer, then by role.
+        slices: in the order of the stack mode, or of the rows of the joined matrix: by layer, then by role.
+        joined: whether the slices are one matrix.
     """
 
     name: str
     slices: tuple[Placement, ...]
+    joined: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(S, inner, hidden)."""
-        return len(self.slices), *self.slices[0].shape
+        """(S, inner, hidden), of a joined stack (1, Σ inner, hidden)."""
+        inner, hidden = self.slices[0].shape
+        if self.joined:
+            return 1, sum(part.shape[0] for part in self.slices), hidden
+        return len(self.slices), inner, hidden
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the factors hold each slice."""
+        return make_places([part.shape[0] for part in self.slices], joined=self.joined)
 
     @property
     def parameters(self) -> int:
@@ -43,8 +81,8 @@ class Stack:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers that occur, ascending."""
-        return tuple(sorted({part.layer for part in self.slices}))
+        """Layers that occur, ascending; none of a matrix outside the layers."""
+        return tuple(sorted({part.layer for part in self.slices if part.layer >= 0}))
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -52,13 +90,17 @@ class Stack:
         return tuple(dict.fromkeys(part.tensor for part in self.slices))
 
 
-def make_stacks(placements: Sequence[Placement], group_layers: int | None, *, single: bool = False) -> list[Stack]:
+def make_stacks(
+    placements: Sequence[Placement], group_layers: int | None, *, single: bool = False, share: Share = "none"
+) -> list[Stack]:
     """Group slices into stacks: by run of layers, by kind (attention or FC), then by shape.
 
     Args:
         placements: the selected slices.
         group_layers: layers in one stack; None puts all of them into one.
-        single: whether every slice is a stack of its own (methods for one matrix).
+        single: whether every stack is one matrix (methods for one matrix).
+        share: which slices are joined into that one matrix: those of a run of layers that read the same kind of input
+            (q, k and v; gate and up), or those of one role. The others, o and down among them, stay apart.
     Returns: stacks in order of layer; slices of unequal shape (grouped-query K and V beside Q and O) never share one.
     """
     layers = sorted({part.layer for part in placements})
@@ -68,10 +110,35 @@ def make_stacks(placements: Sequence[Placement], group_layers: int | None, *, si
         group = layers[first : first + size]
         members = [part for part in placements if part.layer in group]
         if single:
-            stacks += [Stack(f"{part.role}.{part.layer}", (part,)) for part in members]
+            stacks += _matrices_of_group(members, share)
         else:
             stacks += _stacks_of_group(members, format_layers(group))
     return stacks
+
+
+def _matrices_of_group(members: Sequence[Placement], share: Share) -> list[Stack]:
+    """Split one run of layers into single and joined matrices, named by their roles."""
+    joined: dict[str, list[Placement]] = {}
+    for part in members:
+        joined.setdefault(_sharers(part, share), []).append(part)
+    return [
+        Stack(f"{_roles(parts)}.{format_layers({part.layer for part in parts})}", tuple(parts), len(parts) > 1)
+        for parts in joined.values()
+    ]
+
+
+def _sharers(part: Placement, share: Share) -> str:
+    """Name the slices that share a right factor with this one."""
+    if share == "none" or part.role in READ_INNER:
+        return f"{part.role}.{part.layer}"
+    if share == "role":
+        return part.role
+    return "attn" if part.role in ATTENTION else "fc"
+
+
+def _roles(parts: Sequence[Placement]) -> str:
+    """Write roles without a gap, in order of first appearance."""
+    return "".join(dict.fromkeys(part.role for part in parts))
 
 
 def _stacks_of_group(members: Sequence[Placement], layers: str) -> list[Stack]:
@@ -83,12 +150,12 @@ def _stacks_of_group(members: Sequence[Placement], layers: str) -> list[Stack]:
             slices = tuple(part for part in of_kind if part.shape == shape)
             label = kind
             if len(slices) < len(of_kind):
-                label = f"{kind}-{''.join(dict.fromkeys(part.role for part in slices))}"
+                label = f"{kind}-{_roles(slices)}"
             stacks.append(Stack(f"{label}.{layers}", slices))
     return stacks
 
 
-def format_layers(layers: Sequence[int]) -> str:
+def format_layers(layers: Iterable[int]) -> str:
     """Write layers the way the command line takes them: ``20-30,35``."""
     runs: list[list[int]] = []
     for layer in sorted(layers):
@@ -129,7 +196,7 @@ class StoredSlices:
     """The slices of a stack, streamed from its checkpoint (a :class:`trawl.decompose.SliceSource`).
 
     Slices are memory-mapped in their stored dtype, so that a pass adds nothing to the process's own memory; while one
-    is computed on, the kernel is already reading the next.
+    is computed on, the kernel is already reading the next. Joined slices are copied into one matrix, which is kept.
 
     Attributes:
         checkpoint: where they are stored.
@@ -156,6 +223,10 @@ class StoredSlices:
 
     def slices(self) -> Iterator[Tensor]:
         """Make one pass over the stack."""
+        if self.stack.joined:
+            yield self._joined()
+            self.on_slice()
+            return
         room = self.max_memory - sum(tensor.nbytes for tensor in self._kept.values())
         for number, part in enumerate(self.stack.slices):
             following = number + 1
@@ -170,3 +241,10 @@ class StoredSlices:
                     room -= tensor.nbytes
             yield tensor
             self.on_slice()
+
+    def _joined(self) -> Tensor:
+        """Return the one matrix of a joined stack, (Σ inner, hidden)."""
+        if 0 not in self._kept:
+            parts = [part.view.apply(self.checkpoint.read(part.tensor)) for part in self.stack.slices]
+            self._kept[0] = torch.cat(parts).to(self.device)
+        return self._kept[0]

@@ -20,8 +20,8 @@ from trawl.shards import sealed, sync_folder
 class Workspace:
     """The folders of one run.
 
-    ``OUT.partial/`` holds ``run.json`` (the run's identity), ``factors/`` (sealed factor files) and ``out/`` (what
-    becomes OUT). Publishing renames ``out/`` to OUT and removes the rest.
+    ``OUT.partial/`` holds ``run.json`` (the run's identity), ``factors/`` (sealed factor files), ``moments/`` (of a
+    calibration) and ``out/`` (what becomes OUT). Publishing renames ``out/`` to OUT and removes the rest.
 
     Attributes:
         out: the folder that the run makes.
@@ -43,6 +43,11 @@ class Workspace:
     def factors(self) -> Path:
         """Sealed factor files, one a stack."""
         return self.partial / "factors"
+
+    @property
+    def moments(self) -> Path:
+        """Moments of a calibration that keeps them nowhere else."""
+        return self.partial / "moments"
 
     @property
     def _replaced(self) -> Path:

@@ -19,7 +19,7 @@ from trawl.factors import Factors
 from trawl.families import Placement
 from trawl.layout import ShardLayout
 from trawl.shards import FileRange, copy_file, write_shard
-from trawl.stacking import Stack
+from trawl.stacking import Place, Stack
 from trawl.views import View
 
 BLOCK_ENTRIES = 1 << 20  # entries of one block of the writing loop; its float32 buffers stay in cache
@@ -121,12 +121,12 @@ class DenseWriter:
         return errors
 
     @cached_property
-    def _slices_by_tensor(self) -> dict[str, list[tuple[Stack, int, Placement]]]:
-        """Return, per stored tensor, the slices that it holds."""
-        found: dict[str, list[tuple[Stack, int, Placement]]] = defaultdict(list)
+    def _slices_by_tensor(self) -> dict[str, list[tuple[Stack, Place, Placement]]]:
+        """Return, per stored tensor, the slices that it holds, and where their factors hold them."""
+        found: dict[str, list[tuple[Stack, Place, Placement]]] = defaultdict(list)
         for stack in self.stacks:
-            for number, part in enumerate(stack.slices):
-                found[part.tensor].append((stack, number, part))
+            for place, part in zip(stack.places, stack.slices, strict=True):
+                found[part.tensor].append((stack, place, part))
         return found
 
     def replaced(self, name: str, errors: SquaredErrors) -> Tensor:
@@ -140,10 +140,10 @@ class DenseWriter:
         original = self.checkpoint.read(name)
         whole = len(slices) == 1 and slices[0][2].view.whole
         target = torch.empty_like(original) if whole else original.clone()
-        for stack, number, part in slices:
+        for stack, place, part in slices:
             with slice_of(target, part.view) as written:
                 canonical, scale = part.view.apply(original), self.absmax[stack.name] or 1.0
-                errors.add(stack.name, multiply_out(self.factors(stack.name), number, canonical, written, scale))
+                errors.add(stack.name, multiply_out(self.factors(stack.name), place, canonical, written, scale))
         return target
 
 
@@ -212,11 +212,11 @@ def slice_of(target: Tensor, view: View) -> Iterator[Tensor]:
 
 
 class _Product:
-    """Slice s of some factors, multiplied out in blocks of rows."""
+    """One slice of some factors, multiplied out in blocks of rows."""
 
-    def __init__(self, factors: Factors, s: int) -> None:
-        middle = factors.middle(s)
-        self.left = factors.left
+    def __init__(self, factors: Factors, place: Place) -> None:
+        middle = factors.middle(place.s)
+        self.left = factors.left[place.rows]
         self.right = (factors.right * middle if middle.dim() == 1 else factors.right @ middle.T).T  # (r1, hidden)
 
     def rows(self, block: slice, *, transposed: bool) -> Tensor:
@@ -231,9 +231,9 @@ def blocks(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(first, first + rows)
 
 
-def fill(factors: Factors, s: int, out: Tensor) -> None:
-    """Write slice s of the factors into ``out`` (inner, hidden), bit for bit as :func:`multiply_out` does."""
-    product = _Product(factors, s)
+def fill(factors: Factors, place: Place, out: Tensor) -> None:
+    """Write one slice of the factors into ``out`` (inner, hidden), bit for bit as :func:`multiply_out` does."""
+    product = _Product(factors, place)
     transposed = _stored_transposed(out)
     for block in blocks(out.shape):
         out[block] = product.rows(block, transposed=transposed)
@@ -244,19 +244,19 @@ def _stored_transposed(out: Tensor) -> bool:
     return out.stride(0) < out.stride(1)
 
 
-def multiply_out(factors: Factors, s: int, original: Tensor, out: Tensor, scale: float) -> Sums:
-    """Write slice s of the factors into ``out``, block by block, and measure it against the original.
+def multiply_out(factors: Factors, place: Place, original: Tensor, out: Tensor, scale: float) -> Sums:
+    """Write one slice of the factors into ``out``, block by block, and measure it against the original.
 
     Args:
         factors: in the dtype to compute in, float32 or float64.
-        s: slice number.
+        place: where they hold the slice.
         original: (inner, hidden) as stored.
         out: (inner, hidden) to fill; rounded once to its dtype.
         scale: a magnitude that the entries are divided by before they are squared.
     Returns: sums of squares, divided by scale².
     Cost: O(inner · hidden · rank) operations; memory for a few blocks of ``BLOCK_ENTRIES`` entries.
     """
-    product = _Product(factors, s)
+    product = _Product(factors, place)
     transposed = _stored_transposed(out)
     total = Sums(0.0, 0.0, 0.0)
     for block in blocks(original.shape):
@@ -266,20 +266,20 @@ def multiply_out(factors: Factors, s: int, original: Tensor, out: Tensor, scale:
     return total
 
 
-def measure(rounded: Factors, exact: Factors, s: int, original: Tensor, scale: float) -> Sums:
-    """Measure slice s of rounded factors against the original and against the factors before rounding.
+def measure(rounded: Factors, exact: Factors, place: Place, original: Tensor, scale: float) -> Sums:
+    """Measure one slice of rounded factors against the original and against the factors before rounding.
 
     Args:
         rounded: the factors as stored.
         exact: the same before they were rounded, float32 or float64.
-        s: slice number.
+        place: where they hold the slice.
         original: (inner, hidden) as stored.
         scale: a magnitude that the entries are divided by before they are squared.
     Returns: sums of squares, divided by scale².
     Cost: that of :func:`multiply_out`, twice.
     """
     dtype = exact.left.dtype
-    stored, precise = _Product(rounded.to(dtype=dtype), s), _Product(exact, s)
+    stored, precise = _Product(rounded.to(dtype=dtype), place), _Product(exact, place)
     total = Sums(0.0, 0.0, 0.0)
     for block in blocks(original.shape):
         written = stored.rows(block, transposed=False)
@@ -291,9 +291,9 @@ def measure_stack(
     checkpoint: Checkpoint, stack: Stack, rounded: Factors, exact: Factors, absmax: float, *, errors: SquaredErrors
 ) -> None:
     """Add the squared errors of all slices of rounded factors."""
-    for number, part in enumerate(stack.slices):
+    for place, part in zip(stack.places, stack.slices, strict=True):
         original = part.view.apply(checkpoint.read(part.tensor))
-        errors.add(stack.name, measure(rounded, exact, number, original, absmax or 1.0))
+        errors.add(stack.name, measure(rounded, exact, place, original, absmax or 1.0))
 
 
 def _added(total: Sums, original: Tensor, written: Tensor, exact: Tensor, scale: float) -> Sums:

@@ -149,6 +149,7 @@ MISTAKES = [
     (["{model}", "--rank", "4", "--roles", "gat"], "unknown role 'gat'; did you mean 'gate'"),
     (["{model}", "--rank", "4", "--method", "tuckr"], "unknown method 'tuckr'; did you mean 'tucker'"),
     (["{model}", "--rank", "4", "--group-layers", "0"], "group_layers is 0"),
+    (["{model}", "--rank", "4", "--share", "input"], "the method is cp; pass --method svd, or leave --share out"),
     (
         ["{model}", "--rank", "31", "--write", "factored", "--layers", "1"],
         r"stack attn-kv\.1: at rank 31 .* 1,550 parameters, its matrices 1,024; use a rank up to 20, the break-even",

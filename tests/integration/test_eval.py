@@ -7,20 +7,23 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import trawl_cli
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import trawl
 from tests.zoo import VOCABULARY, ZOO, build_zoo
 from trawl.errors import LoadError, PlanError
 from trawl.evaluation import parse_task
 from trawl.evaluation.pairs import embed
-from trawl.evaluation.scoring import Request, greedy_continuations, log_likelihoods
+from trawl.evaluation.reading import Readings, prompt_batches, read, write
+from trawl.evaluation.runner import run_task
+from trawl.evaluation.scoring import Request, log_likelihoods
 from trawl.evaluation.subject import Subject
 
 WORDS = re.findall(
@@ -123,35 +126,82 @@ def test_greedy_marks_a_continuation_of_which_every_token_is_the_likeliest(plain
     assert [item.greedy for item in found] == [True, False]
 
 
-def greedy_tokens(model, prompt, count):
-    """Return the likeliest tokens, each found by feeding all before it, until the end-of-sequence token."""
+def greedy_tokens(model, prompt, count, ends=(EOS,)):
+    """Return the likeliest tokens, each found by feeding all before it, until one that ends a text."""
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(count):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == EOS:
+            if ids[-1] in ends:
                 break
     return tuple(ids[len(prompt) :])
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_batched_greedy_continuations_are_those_of_each_prompt_alone(name, plain):
+def read_in_batches(subject, requests, count):
+    """Return the likelihood of each request, and what the model writes in its place; each prompt is fed once."""
+    likelihoods, texts = {}, {}
+    for numbers in prompt_batches([request.context for request in requests], subject, count):
+        batch = [requests[number] for number in numbers]
+        found = read(subject, [one.context for one in batch], [[one.continuation, (5,)] for one in batch])
+        likelihoods |= {number: own[0] for number, own in zip(numbers, found.likelihoods, strict=True)}
+        texts |= dict(zip(numbers, write(subject, found, count), strict=True))
+    return [likelihoods[n] for n in range(len(requests))], [texts[n] for n in range(len(requests))]
+
+
+@pytest.mark.parametrize(
+    ("name", "window"), [*((name, None) for name in DECODERS), ("gemma3_text", 4), ("gemma2", 4), ("mistral", 4)]
+)
+def test_prompts_read_in_batches_give_what_each_gives_alone(name, window, plain):
     model = build_zoo(name)
-    prompts = [request.context for request in requests_of(5)]
-    expected = [plain.decode(greedy_tokens(model, prompt, 3), skip_special_tokens=True) for prompt in prompts]
+    if window is not None:
+        model.config.sliding_window = window
+    requests = requests_of(7)
+    totals = [reference(model, request.context, request.continuation) for request in requests]
+    best = [greedy_tokens(model, request.context, 3) for request in requests]
     for batch_tokens in (50, 4096):
-        assert greedy_continuations(Subject(model, plain, None, batch_tokens), prompts, 3, id) == expected
+        likelihoods, texts = read_in_batches(Subject(model, plain, None, batch_tokens), requests, 3)
+        assert [item.total for item in likelihoods] == pytest.approx(totals, abs=1e-5, rel=1e-5)
+        assert texts == plain.batch_decode(best, skip_special_tokens=True)
+    continued = [Request(one.context, tokens) for one, tokens in zip(requests, best, strict=True)]
+    assert all(item.greedy for item in read_in_batches(Subject(model, plain, None, 4096), continued, 3)[0])
 
 
-def test_the_models_own_generation_settings_neither_apply_nor_change(plain):
-    model = build_zoo("llama")
-    prompts = [request.context for request in requests_of(9)]
+def test_what_a_model_writes_ends_with_its_end_of_sequence_token(plain):
+    model, requests = build_zoo("llama"), requests_of(9)
     subject = Subject(model, plain, None, 4096)
-    expected = greedy_continuations(subject, prompts, 5, id)
-    own = GenerationConfig(repetition_penalty=50.0, no_repeat_ngram_size=1, eos_token_id=EOS)
-    model.generation_config = own
-    assert greedy_continuations(subject, prompts, 5, id) == expected
-    assert model.generation_config is own
+    whole = greedy_tokens(model, requests[0].context, 6, ())
+    for ends in (whole[2], [whole[4], whole[2]], None):
+        model.generation_config.eos_token_id = ends
+        stops = ends if isinstance(ends, list) else [ends]
+        expected = [greedy_tokens(model, request.context, 6, stops) for request in requests]
+        assert len(expected[0]) == (6 if ends is None else 1 + min(whole.index(end) for end in stops))
+        assert read_in_batches(subject, requests, 6)[1] == plain.batch_decode(expected, skip_special_tokens=True)
+
+
+def test_a_model_without_a_cache_writes_the_same(plain, monkeypatch):
+    model, requests = build_zoo("llama"), requests_of(9)
+    subject = Subject(model, plain, None, 4096)
+    expected = read_in_batches(subject, requests, 5)
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *a, use_cache, **kw: forward(*a, use_cache=False, **kw))
+    subject = Subject(model, plain, None, 4096)
+    likelihoods, texts = read_in_batches(subject, requests, 5)
+    assert texts == expected[1]
+    assert [item.total for item in likelihoods] == pytest.approx([item.total for item in expected[0]], rel=1e-5)
+
+
+def test_prompts_read_for_losses_are_not_read_again_for_answers(plain, files):
+    model, task = build_zoo("llama"), parse_task(f"qa:{files / 'qa.jsonl'}?tokens=4")
+    subject, readings, widths = Subject(model, plain, None, 60), Readings(), []
+    whole = run_task(subject, task)
+    model.register_forward_pre_hook(lambda _, args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True)
+    for room, fed_again in ((1 << 20, 0), (0, 3), (15000, 2), (1 << 20, 0)):
+        with readings.kept(room):
+            first = run_task(subject, replace(task, answers=False), readings=readings)
+            widths.clear()
+            second = run_task(subject, replace(task, losses=False), readings=readings)
+        assert first.scores | second.scores == whole.scores
+        assert sum(width > 1 for width in widths) == fed_again
 
 
 def test_tokens_are_those_of_the_running_text_cut_where_the_prompt_ends(plain, with_bos):

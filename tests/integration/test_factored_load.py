@@ -316,10 +316,12 @@ def test_loading_and_running_never_form_a_replaced_matrix(name, zoo, tmp_path, m
     assert seen[dense] == replaced
 
 
-def test_plain_transformers_raises(pair):
+def test_plain_transformers_raises(pair, zoo, tmp_path):
     """Without trawl imported: the real library, in a process of its own, must not return random weights."""
     cases = [(str(pair(name)[0]), auto) for name, auto in (("llama", "AutoModelForCausalLM"), ("gpt2", "AutoModel"))]
     cases.append((str(pair("bert")[0]), "AutoModelForSequenceClassification"))
+    joined = trawl.Recipe(method="svd", rank=5, share="input", write="factored")
+    cases.append((str(trawl.compress(zoo("llama"), joined, tmp_path / "joined").out), "AutoModelForCausalLM"))
     code = (
         "import json, sys, transformers\n"
         "for folder, auto in json.loads(sys.argv[1]):\n"

@@ -134,7 +134,7 @@ def test_a_machine_that_joins_gets_work_and_a_mistake_in_a_worker_is_one_line(ma
     jobs = [Job(layer, (Intervention("cp", "fc", str(layer), 1, 2),)) for layer in range(3)]
     expected = score_all(LocalPool(Scorer(setup, tmp_path / "alone")), jobs)
     pool = RayPool.start(setup, tmp_path / "spread", "auto")
-    assert pool.slots == 2
+    assert pool.slots == 3  # two at work, one that waits for whoever is done first
     score_all(pool, jobs[:1])
     joined = machines.add_node(num_cpus=1)
     try:
@@ -234,3 +234,11 @@ def test_without_ray_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PlanError, match=r"pip install 'trawl-llm\[ray\]'"):
         Cluster.connect("local")
+
+
+def test_workers_weigh_the_error_by_the_same_moments(machines, model, tmp_path):
+    recipe, text = trawl.Recipe(method="svd", rank=3, layers="1"), model.parent / "text.txt"
+    for name, address in (("alone", None), ("spread", "auto")):
+        found = trawl.compress(model, recipe, tmp_path / name, calibrate=text, calibration_tokens=512, ray=address)
+        assert all(stack.weighted_error is not None for stack in found.stacks)
+    assert weights_hash(tmp_path / "alone") == weights_hash(tmp_path / "spread")

@@ -11,6 +11,7 @@ import trawl
 from tests.zoo import ZOO
 from trawl.checkpoint import Checkpoint, open_folder
 from trawl.planning import match_checkpoint
+from trawl.stacking import Place
 from trawl.writing import multiply_out
 
 RANKS = {"cp": 4, "tucker": (2, 5, 6), "svd": 4}
@@ -128,8 +129,8 @@ def test_multiply_out_measures_transposed_and_plain_outputs_alike():
     factors = trawl.Factors(torch.randn(40, 3), torch.randn(24, 4), torch.randn(2, 3, 4))
     original = torch.randn(40, 24)
     plain, turned = torch.empty(40, 24), torch.empty(24, 40).T
-    first = multiply_out(factors, 1, original, plain, 2.0)
-    second = multiply_out(factors, 1, original, turned, 2.0)
+    first = multiply_out(factors, Place(1), original, plain, 2.0)
+    second = multiply_out(factors, Place(1), original, turned, 2.0)
     torch.testing.assert_close(plain, factors.slice(1))
     torch.testing.assert_close(turned, plain)
     assert first == pytest.approx(second)

@@ -12,7 +12,7 @@ from trawl.descriptor import Descriptor, describe, describe_stack, factors_prefi
 from trawl.descriptor_reader import parse_descriptor
 from trawl.errors import LoadError, PlanError
 from trawl.families import Placement
-from trawl.stacking import Stack
+from trawl.stacking import Place, Stack
 from trawl.views import View
 
 PLAIN, TURNED = View("inner hidden"), View("hidden inner", "inner hidden")
@@ -56,6 +56,16 @@ def example():
     return describe([fc, fused])
 
 
+def joined_example():
+    """Grouped-query q and k, of unequal width, in one matrix."""
+    names = [f"model.layers.0.self_attn.{role}_proj.weight" for role in "qk"]
+    slices = tuple(
+        Placement(0, role, name, PLAIN, (inner, 8)) for role, name, inner in zip("qk", names, (12, 4), strict=True)
+    )
+    held = tensors((names[0], (12, 8)), (names[1], (4, 8)))
+    return describe([describe_stack(Stack("qk.0", slices, joined=True), (1, 5, 5), "diagonal", tensors=held)])
+
+
 def stored(descriptor):
     factors = {
         name: info(name, shape, stack.dtype)
@@ -90,11 +100,24 @@ def test_json_round_trip():
     assert parse_descriptor(value, "config.json") == example()
 
 
+def test_joined_slices_are_rows_of_the_left_factor():
+    (stack,) = joined_example().stacks
+    assert stack.shape == (1, 16, 8)
+    assert stack.factor_shapes == {"left": (16, 5), "right": (8, 5), "core": (1, 5)}
+    assert stack.places == (Place(0, slice(0, 12)), Place(0, slice(12, 16)))
+    value = json.loads(json.dumps(joined_example().to_json()))
+    assert (value["format_version"], value["stacks"][0]["joined"]) == (1, True)
+    assert parse_descriptor(value, "config.json") == joined_example()
+    assert not any("joined" in stack for stack in example().to_json()["stacks"])  # what older readers know
+
+
 def test_names_for_modules():
     assert stack_id("attn-qo.20-30,35") == "attn_qo_20_30_35"
     assert factors_prefix("q.3", "bert.encoder.layer.3.attention.self.query.weight") == "bert.encoder.layer.3.trawl.q_3"
     assert factors_prefix("q.3", "h.3.moe.7.weight") == "h.3.trawl.q_3"
-    assert factors_prefix("q.3", "lm_head.weight") is None
+    assert factors_prefix("embed", "model.embed_tokens.weight") == "model.trawl.embed"
+    assert factors_prefix("lm_head", "lm_head.weight") == "trawl.lm_head"
+    assert factors_prefix("lm_head", "weight") is None
 
 
 @pytest.mark.parametrize(
@@ -117,7 +140,7 @@ def test_stacks_that_cannot_be_factored_are_refused(stacks, message):
     [
         ("h.0.experts.w", (4, 12, 8), PLAIN, "holds experts"),
         ("h.0.mlp.experts.3.up.weight", (12, 8), PLAIN, "holds experts"),
-        ("head.weight", (12, 8), PLAIN, "no numbered block"),
+        ("head", (12, 8), PLAIN, "no module"),
     ],
 )
 def test_slices_outside_linear_modules_are_refused(name, shape, view, message):
@@ -230,6 +253,34 @@ DAMAGED = [
 ]
 
 
+DAMAGED_JOINED = [
+    (put((*STACK, "joined"), ...), r"shape \(1, 16, 8\) but 2 slices"),
+    (put((*STACK, "joined"), False), r"shape \(1, 16, 8\) but 2 slices"),
+    (put((*STACK, "joined"), 1), "joined is 1; expected true or false"),
+    (put((*STACK, "joined"), None), "joined is None; expected true or false"),
+    (put((*STACK, "shape"), [2, 16, 8]), r"shape \(2, 16, 8\) is joined; expected a size of 1"),
+    (put((*STACK, "shape"), [1, 17, 8]), r"shape \(1, 17, 8\) but its joined slices have 16 rows together"),
+    (put((*STACK, "shape"), [1, 12, 8]), "joined slices have 16 rows"),
+    (put((*STACK, "shape"), [1, 16, 9]), r"is \(12, 8\); expected \(12, 9\)"),
+    (put((*STACK, "core"), "full"), "is joined; expected .* a diagonal core"),
+    (put((*STACK, "stack_factor"), True), "is joined; expected .* no stack factor"),
+    (put((*STACK, "rank"), [1, 9, 9]), "diagonal core and ranks 9 and 9"),
+    (put((*STACK, "rank"), [2, 5, 5]), "stack rank 2 for 1 slices"),
+    (put((*SLICE, "stored_shape"), [12, 6]), r"is \(12, 6\); expected \(12, 8\)"),
+    (put((*SLICE, "stored_shape"), [1 << 40, 8]), "rows together"),
+    (put((*SLICE, "tensor"), "model.layers.0.self_attn.k_proj.weight"), "several shapes"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED_JOINED)
+def test_damaged_joined_descriptors_say_what_and_where(change, message):
+    config = json.loads(json.dumps(joined_example().to_json()))
+    change(config)
+    with pytest.raises(LoadError, match=message) as caught:
+        parse_descriptor(config, "out/config.json")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("number", range(len(DAMAGED)))
 def test_damaged_descriptors_say_what_and_where(number):
     change, message = DAMAGED[number]
@@ -259,7 +310,7 @@ def places(value, path=()):
         yield from places(each, (*path, key))
 
 
-EXAMPLE = example().to_json()
+EXAMPLE = describe([*example().stacks, *joined_example().stacks]).to_json()
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

@@ -206,6 +206,63 @@ def test_slices_with_the_same_input_share_products(together, rows, widths):
     assert len(other.shapes) > len(products.shapes)
 
 
+WIDTHS = (12, 4, 6)
+
+
+def joined_linears():
+    """Return q, k and v of unequal widths, whose right factor is one."""
+    slices = tuple(
+        DescribedSlice(f"h.0.{name}.weight", (width, HIDDEN), View("inner hidden"))
+        for name, width in zip("qkv", WIDTHS, strict=True)
+    )
+    shape = 1, sum(WIDTHS), HIDDEN
+    stack = filled(DescribedStack("qkv.0", shape, (1, 5, 5), "diagonal", False, "F32", "h.0.trawl.qkv_0", slices, True))
+    parts = with_neighbours([make_part(stack, index, 0) for index in range(3)])
+    return stack, *(FactoredLinear([part], 0, nn.Parameter(torch.randn(part.placement.sizes[0]))) for part in parts)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_joined_slices_are_rows_of_one_product(grad):
+    stack, *modules = joined_linears()
+    whole = Factors(stack.left, stack.right, stack.core).slice(0).detach().split(WIDTHS)
+    for module, matrix in zip(modules, whole, strict=True):
+        torch.testing.assert_close(module.weight, matrix)
+        for batch in ((), (2, 7), (2, FEW_ROWS), (0,)):
+            x = torch.randn(*batch, HIDDEN)
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(module(x), x @ matrix.T + module.bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "widths"), [(FEW_ROWS, [5, 22]), (FEW_ROWS + 1, [5, 12, 4, 6])])
+def test_joined_slices_share_one_product_with_right(rows, widths):
+    _, *modules = joined_linears()
+    x = torch.randn(rows, HIDDEN)
+    with torch.no_grad(), Products() as products:
+        found = [module(x) for module in modules]
+    assert [shape[-1] for shape in products.shapes] == widths
+    for module, output in zip(modules, found, strict=True):
+        torch.testing.assert_close(output, dense(module, x), rtol=1e-4, atol=1e-4)
+
+
+def test_torch_compile_traces_joined_slices_whole():
+    _, *modules = joined_linears()
+    x = torch.randn(3, HIDDEN)
+    compiled = torch.compile(lambda x: [module(x) for module in modules], backend="eager", fullgraph=True)
+    for one, module in zip(compiled(x), modules, strict=True):
+        torch.testing.assert_close(one, dense(module, x), rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_a_joined_slice_that_reads_the_inner_axis_is_refused():
+    slices = tuple(
+        DescribedSlice(f"h.0.{i}.weight", (HIDDEN, 6), View("hidden inner", "inner hidden")) for i in range(2)
+    )
+    shape = 1, 12, HIDDEN
+    stack = filled(DescribedStack("o.0", shape, (1, 5, 5), "diagonal", False, "F32", "h.0.trawl.o_0", slices, True))
+    with pytest.raises(ShapeError, match=r"stack o\.0 joins slices that read the residual stream"):
+        make_part(stack, 0, 0)
+
+
 def test_neighbours_are_consecutive_slices_that_read_the_residual_stream():
     views = [View("inner hidden")] * 3 + [View("hidden inner", "inner hidden")]
     slices = tuple(
@@ -440,7 +497,7 @@ def test_install_on_the_meta_device_allocates_nothing():
     ("up", "descriptor", "message"),
     [
         (None, block_descriptor(up="1.other.weight"), "Sequential has no module 1.other"),
-        (None, block_descriptor(up="1.up.bias"), "not to nn.Linear or Conv1D"),
+        (None, block_descriptor(up="1.up.bias"), "not to nn.Linear, Conv1D or nn.Embedding"),
         (nn.Bilinear(2, 2, 2), block_descriptor(), "belongs to a Bilinear"),
         (nn.Linear(HIDDEN, INNER + 1), block_descriptor(), r"shape \(12, 8\), but module 1.up .* weight of \(13, 8\)"),
     ],

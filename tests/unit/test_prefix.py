@@ -9,12 +9,14 @@ from torch import nn
 from tests.zoo import LAYERS, ZOO, build_zoo
 from trawl.checkpoint import Checkpoint
 from trawl.errors import FamilyError
-from trawl.evaluation.scoring import Request, greedy_continuations, log_likelihoods
+from trawl.evaluation.reading import prompt_batches, read, write
+from trawl.evaluation.scoring import Request, log_likelihoods
 from trawl.evaluation.subject import Subject
 from trawl.families import match_family
 from trawl.hf.apply import in_memory
+from trawl.models import find_layers
 from trawl.planning import match_checkpoint
-from trawl.sweeps.prefix import PrefixCache, find_layers, least_missed
+from trawl.sweeps.prefix import PrefixCache, least_missed
 
 DECODERS = [name for name, entry in ZOO.items() if entry.auto == "AutoModelForCausalLM"]
 ENOUGH = 1 << 30
@@ -25,7 +27,7 @@ class Spelling:
     """A tokenizer that only writes token numbers."""
 
     def batch_decode(self, rows, skip_special_tokens):
-        return [" ".join(map(str, row.tolist())) for row in rows]
+        return [" ".join(map(str, row)) for row in rows]
 
 
 def described(model) -> Checkpoint:
@@ -46,10 +48,15 @@ def make(name, *, max_memory=ENOUGH, starts=None, **settings):
 
 
 def scored(subject, shift=0):
-    """Return log-likelihoods and greedy continuations: calls without and with a key-value cache."""
+    """Return log-likelihoods and what the model writes: calls without and with a key-value cache."""
     rows = [tuple((7 * i + shift + length) % 90 + 3 for i in range(length)) for length in LENGTHS]
     requests = [Request(row[: len(row) // 2], row[len(row) // 2 :]) for row in rows]
-    return log_likelihoods(subject, requests, bool), greedy_continuations(subject, rows, 4, bool)
+    found = [log_likelihoods(subject, requests, bool)]
+    for batch in prompt_batches([request.context for request in requests], subject, 4):
+        prompts, texts = zip(*((requests[n].context, [requests[n].continuation]) for n in batch), strict=True)
+        reading = read(subject, prompts, texts)
+        found += [reading.likelihoods, write(subject, reading, 4)]
+    return found
 
 
 def change(layer):

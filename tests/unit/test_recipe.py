@@ -75,6 +75,29 @@ def test_a_recipe_survives_yaml(tmp_path):
         assert make_recipe(read_recipe(path)) == recipe
 
 
+def test_sharing_is_within_a_layer_unless_layers_are_grouped():
+    shared = {"method": "svd", "rank": 3, "share": "input"}
+    assert Recipe(method="svd", rank=3).group_layers == "all"
+    assert Recipe(**shared).group_layers == 1
+    assert Recipe(**shared, group_layers="all").group_layers == "all"
+    assert make_recipe(Recipe(**shared).model_dump()) == Recipe(**shared)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"share": "input", "method": "cp"}, "joins matrices for an SVD, and the method is cp; pass --method svd"),
+        ({"share": "input"}, "the method is cp"),
+        ({"share": "role", "method": "svd"}, "group_layers is 1; pass --group-layers with a larger number or all"),
+        ({"share": "role", "method": "svd", "group_layers": 1}, "or --share input"),
+        ({"share": "all", "method": "svd"}, "share is 'all': Input should be 'none', 'input' or 'role'"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(fields, message):
+    with pytest.raises(PlanError, match=message):
+        make_recipe({"rank": 3, **fields})
+
+
 def test_the_method_gets_its_hyper_parameters():
     assert Recipe(rank=3, seed=5).decomposition() == CP(rank=3, seed=5)
     assert Recipe(method="svd", rank=3).decomposition() == SVD(rank=3)

@@ -41,6 +41,46 @@ def test_stacks_group_layers_then_kinds_then_shapes(group, names, checkpoint):
     assert len(make_stacks(placements, group, single=True)) == len(placements)
 
 
+@pytest.mark.parametrize(
+    ("share", "group", "names"),
+    [
+        ("none", 1, [f"{role}.{layer}" for layer in range(3) for role in ("q", "k", "v", "o", "gate", "up", "down")]),
+        ("input", 1, [f"{roles}.{layer}" for layer in range(3) for roles in ("qkv", "o", "gateup", "down")]),
+        ("input", 2, ["qkv.0-1", "o.0", "gateup.0-1", "down.0", "o.1", "down.1", "qkv.2", "o.2", "gateup.2", "down.2"]),
+        (
+            "role",
+            None,
+            ["q.0-2", "k.0-2", "v.0-2", "o.0", "gate.0-2", "up.0-2", "down.0", "o.1", "down.1", "o.2", "down.2"],
+        ),
+    ],
+)
+def test_matrices_join_by_what_they_read(share, group, names, checkpoint):
+    placements = match_checkpoint(checkpoint).placements
+    stacks = make_stacks(placements, group, single=True, share=share)
+    assert [stack.name for stack in stacks] == names
+    assert sorted(p.tensor for stack in stacks for p in stack.slices) == sorted(p.tensor for p in placements)
+    for stack in stacks:
+        assert stack.joined == (len(stack.slices) > 1)
+        assert stack.shape == (1, sum(part.shape[0] for part in stack.slices), 32)
+        assert stack.parameters == sum(part.shape[0] * 32 for part in stack.slices)
+
+
+def test_joined_slices_are_one_matrix_that_is_read_once(checkpoint, monkeypatch):
+    stack = make_stacks(slices_of(checkpoint, ("q", "k", "v")), 2, single=True, share="input")[0]
+    reads = []
+    read = type(checkpoint).read
+    monkeypatch.setattr(type(checkpoint), "read", lambda self, name: reads.append(name) or read(self, name))
+    source = StoredSlices(checkpoint, stack, 1.0, torch.device("cpu"))
+    for _ in range(3):
+        (matrix,) = source.slices()
+        assert (1, *matrix.shape) == source.shape == (1, 128, 32)
+        assert matrix.dtype == torch.bfloat16
+    assert reads == [part.tensor for part in stack.slices]
+    for place, part in zip(stack.places, stack.slices, strict=True):
+        assert place.s == 0
+        assert torch.equal(matrix[place.rows], part.view.apply(checkpoint.read(part.tensor)))
+
+
 def test_scan_finds_the_largest_magnitude_and_refuses_integers(checkpoint, tmp_path):
     name = slices_of(checkpoint)[0].tensor
     assert scan(checkpoint, name) == float(checkpoint.read(name).abs().max())

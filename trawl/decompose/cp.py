@@ -20,12 +20,15 @@ from trawl.decompose.method import (
     logger,
     report_cap,
     report_sweep,
+    weigh,
 )
 from trawl.decompose.range_finder import hidden_basis, row_subspace, sum_up
 from trawl.decompose.reference import reference_cp
 from trawl.decompose.source import SliceSource, TensorSlices
 from trawl.decompose.streaming import Stream, TransposedSlices
-from trawl.decompose.svd import SVD, cut_svd, truncated_svd
+from trawl.decompose.svd import SVD
+from trawl.decompose.weighted import weighted_fit
+from trawl.decompose.weights import Weights
 from trawl.errors import RankError
 from trawl.factors import Factors
 
@@ -94,7 +97,7 @@ class CP:
         width = COMPRESSION * self.rank
         return 4 * (2 * size * inner * width + size * width**2 + 6 * (inner + hidden) * self.rank)
 
-    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
+    def decompose(self, source: SliceSource, start: Factors | None = None, weights: Weights | None = None) -> Factors:
         """Return CP factors of a stack.
 
         Minimizes Σ_s ‖X_s − left · diag(core[s]) · rightᵀ‖²: the stack is compressed to about 2·rank columns a mode,
@@ -104,6 +107,7 @@ class CP:
             source: the stack (S, inner, hidden).
             start: its CP at a smaller rank: those components, and as new ones the leading triplets of what they leave
                 of the core, are where sweeps begin. Of one slice, its SVD at a larger rank, which is cut.
+            weights: second moments that weigh the error, see :func:`trawl.decompose.weighted.weighted_fit`.
         Returns: left (inner, rank) and right (hidden, rank) with unit columns, core (S, rank).
         Raises: RankError: rank is below 1 or above ``max_rank``, or below start's. ShapeError: the stack holds NaN or
             Inf.
@@ -116,12 +120,14 @@ class CP:
         self.check_rank(shape, f"stack of shape {shape}")
         if start is not None:
             check_start(start, shape, self.engine, core_axes=2)
+        weights = weigh(weights, shape, self.engine, start if shape[0] > 1 else None)
         if self.engine == "tensorly":
             return reference_cp(source, self.rank, self.n_iter_max, self.tol, self.seed)
         if shape[0] == 1:  # a CP of one slice is its truncated SVD
-            if start is not None:
-                return cut_svd(start, self.rank)
-            return truncated_svd(source, SVD(self.rank, self.n_iter_max, self.tol, self.seed, compute=self.compute))
+            one = SVD(self.rank, self.n_iter_max, self.tol, self.seed, compute=self.compute)
+            return one.decompose(source, start, weights)
+        if weights is not None:
+            return weighted_fit(source, self.decompose(source), weights, self.n_iter_max, self.tol)
         if start is not None and start.rank[2] > self.rank:
             raise RankError(f"CP factors of rank {start.rank[2]} do not fit into rank {self.rank}; give smaller ones")
         if shape[1] < shape[2]:

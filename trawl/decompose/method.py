@@ -6,6 +6,7 @@ import logging
 from typing import Literal, Protocol, get_args
 
 from trawl.decompose.source import SliceSource
+from trawl.decompose.weights import Weights
 from trawl.errors import PlanError, RankError, ShapeError, suggestion
 from trawl.factors import Factors
 
@@ -19,8 +20,11 @@ Shape = tuple[int, int, int]
 class Method(Protocol):
     """A decomposition with its hyper-parameters; everything but ``decompose`` is arithmetic on shapes."""
 
-    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
-        """Stream a stack and return its factors, found from its factors at another rank where those are given."""
+    def decompose(self, source: SliceSource, start: Factors | None = None, weights: Weights | None = None) -> Factors:
+        """Stream a stack and return its factors, found from its factors at another rank where those are given.
+
+        Weights, unless they count all entries alike, make it the weighted error that is minimized.
+        """
 
     def ranks(self, shape: Shape) -> Shape:
         """Ranks (stack, inner, hidden) of the factors of a stack of this shape."""
@@ -70,6 +74,27 @@ def check_start(start: Factors, shape: Shape, engine: str, core_axes: int) -> No
         )
     if start.shape != shape:
         raise ShapeError(f"factors to start from are of shape {start.shape}; expected those of the stack, {shape}")
+
+
+def weigh(weights: Weights | None, shape: Shape, engine: str, start: Factors | None = None) -> Weights | None:
+    """Return checked weights, or None where they count all entries alike.
+
+    Raises: ShapeError: they are not second moments for this shape. PlanError: the engine knows no weights, or factors
+        of another rank are given to start from.
+    """
+    if weights is None:
+        return None
+    weights.check(shape)
+    if weights.plain:
+        return None
+    if engine == "tensorly":
+        raise PlanError("engine 'tensorly' knows no weights; use engine 'streaming', or leave out the weights")
+    if start is not None:
+        raise PlanError(
+            "weighted sweeps start from plain factors of the same rank, not from weighted ones of another; leave out "
+            "start"
+        )
+    return weights
 
 
 def report_sweep(method: str, sweep: int, error: float, before: float) -> None:

@@ -155,13 +155,17 @@ class Panel:
         """Return ``(Xᵀ u)ᵀ``, (k, hidden)."""
         return self._product(self.matrix, u, along=not self.by_rows, fast=fast)
 
+    def whole(self) -> Tensor:
+        """Return ``scale · X``, upcast."""
+        return self.matrix if self.direct else self.like(self.matrix) * self.scale
+
     def gram(self) -> Tensor:
         """Return ``Xᵀ X``, (hidden, hidden)."""
         if self.direct:
             return self.matrix.T @ self.matrix
         hidden = self.matrix.shape[1]
         if not self.by_rows:  # one upcast of the whole: hidden is a small side where Grams are used
-            whole = self.like(self.matrix) * self.scale
+            whole = self.whole()
             return whole.T @ whole
         total = self.buffer.new_zeros(hidden, hidden)
         for _, block in self.blocks():

@@ -17,11 +17,14 @@ from trawl.decompose.method import (
     check_start,
     report_cap,
     report_sweep,
+    weigh,
 )
 from trawl.decompose.range_finder import OVERSAMPLING, gaussian, orthonormal
 from trawl.decompose.reference import reference_svd
 from trawl.decompose.source import SliceSource
 from trawl.decompose.streaming import Stream, TransposedSlices
+from trawl.decompose.weighted_svd import weighted_svd
+from trawl.decompose.weights import Weights
 from trawl.errors import RankError, ShapeError
 from trawl.factors import Factors
 
@@ -82,7 +85,7 @@ class SVD:
         """Peak bytes beside the matrix: the Krylov space and its image, while they grow by a block."""
         return 4 * 2 * (shape[1] + shape[2]) * block_width(self.rank) * (TYPICAL_SWEEPS + 1)
 
-    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
+    def decompose(self, source: SliceSource, start: Factors | None = None, weights: Weights | None = None) -> Factors:
         """Return the leading singular triplets of one matrix.
 
         ``W ≈ Σ_j σ_j u_j v_jᵀ``, σ descending, within a randomized block Krylov space of WᵀW; exact where a side is
@@ -90,7 +93,8 @@ class SVD:
 
         Args:
             source: a stack (1, inner, hidden).
-            start: its SVD at a larger rank, which is cut; the stack is not read.
+            start: its SVD at a larger rank, by the same weights, which is cut; the stack is not read without weights.
+            weights: second moments that weigh the error, see :func:`trawl.decompose.weighted_svd.weighted_svd`.
         Returns: left (inner, rank), right (hidden, rank), core (1, rank), the singular values.
         Raises: RankError: rank is below 1 or above min(inner, hidden), or start has fewer triplets. ShapeError: more
             than one slice, NaN or Inf.
@@ -101,6 +105,10 @@ class SVD:
         self.check_rank(shape, f"stack of shape {shape}")
         if start is not None:
             check_start(start, shape, self.engine, core_axes=2)
+        weights = weigh(weights, shape, self.engine)
+        if weights is not None:
+            return weighted_svd(source, self.rank, weights, start)
+        if start is not None:
             return cut_svd(start, self.rank)
         if self.engine == "tensorly":
             return reference_svd(source, self.rank)

@@ -17,11 +17,14 @@ from trawl.decompose.method import (
     check_start,
     report_cap,
     report_sweep,
+    weigh,
 )
 from trawl.decompose.range_finder import hidden_basis, orthonormal, row_subspace
 from trawl.decompose.reference import reference_tucker
 from trawl.decompose.source import SliceSource
 from trawl.decompose.streaming import Stream, TransposedSlices
+from trawl.decompose.weighted import weighted_fit
+from trawl.decompose.weights import Weights
 from trawl.errors import RankError
 from trawl.factors import Factors
 
@@ -92,7 +95,7 @@ class Tucker:
         _, r1, r2 = self.ranks(shape)
         return 4 * (4 * size * max(inner * r2, hidden * r1) + 4 * (inner * r1 + hidden * r2))
 
-    def decompose(self, source: SliceSource, start: Factors | None = None) -> Factors:
+    def decompose(self, source: SliceSource, start: Factors | None = None, weights: Weights | None = None) -> Factors:
         """Return Tucker factors of a stack.
 
         Minimizes ‖T − core ×₀ stack ×₁ left ×₂ right‖ by higher-order orthogonal iteration: with ``right`` fixed,
@@ -103,6 +106,8 @@ class Tucker:
             source: the stack (S, inner, hidden).
             start: its Tucker factors at a hidden rank at least as large; sweeps begin at the leading subspace of their
                 core in place of one of the stack.
+            weights: second moments that weigh the error, see :func:`trawl.decompose.weighted.weighted_fit`; the stack
+                mode is not compressed by them.
         Returns: left (inner, r1), right (hidden, r2), core (r0, r1, r2), stack (S, r0) or None where r0 = S.
         Raises: RankError: a rank is below 1 or above the mode's size, or start's are smaller. ShapeError: the stack
             holds NaN or Inf.
@@ -115,6 +120,11 @@ class Tucker:
         ranks = self.ranks(shape)
         if start is not None:
             check_start(start, shape, self.engine, core_axes=3)
+        weights = weigh(weights, shape, self.engine, start)
+        if weights is not None:
+            if ranks[0] < shape[0]:
+                raise RankError(f"weighted Tucker keeps the stack mode; give rank {shape[0]} for it, not {ranks[0]}")
+            return weighted_fit(source, self.decompose(source), weights, self.n_iter_max, self.tol)
         if self.engine == "tensorly":
             return reference_tucker(source, ranks, self.n_iter_max, self.tol, self.seed)
         if shape[1] < shape[2]:  # the smaller side is where the start is found

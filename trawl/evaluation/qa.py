@@ -6,10 +6,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trawl.errors import PlanError
+from trawl.evaluation.reading import Readings, Tokens, prompt_batches, read, write
 from trawl.evaluation.results import TaskResult, mean
-from trawl.evaluation.scoring import Request, greedy_continuations, log_likelihoods, token_counter
+from trawl.evaluation.scoring import Likelihood, token_counter
 from trawl.evaluation.subject import Subject
 from trawl.evaluation.tasks import QATask, Question, label
 from trawl.observers import Observer
@@ -18,7 +20,9 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def evaluate_qa(subject: Subject, task: QATask, *, limit: int | None = None, observer: Observer) -> TaskResult:
+def evaluate_qa(
+    subject: Subject, task: QATask, *, limit: int | None = None, readings: Readings | None = None, observer: Observer
+) -> TaskResult:
     """Return how well a model answers questions that a short text completes.
 
     - ``correct``: share of questions where an accepted answer stands, as whole words and case aside, in the greedy
@@ -33,38 +37,24 @@ def evaluate_qa(subject: Subject, task: QATask, *, limit: int | None = None, obs
     Args:
         subject: a causal language model with its tokenizer.
         task: the records, the length of an answer, and whether answers, losses or both are wanted.
-        observer: told of progress in tokens of input.
         limit: the most records, from the file's beginning.
+        readings: keeps prompts that were read for losses until answers to them are wanted.
+        observer: told of progress in tokens of input.
     Returns: figures over the records that fit into the context; the others are counted in ``overlong``.
     Raises: PlanError: an answer tokenises to nothing, or no record fits.
+    Cost: each prompt is fed once, each answer's tokens after the first once, and each token that the model writes.
     Reference: Sharma et al. 2023, arXiv 2312.13558, appendix; Rajpurkar et al. 2016, arXiv 1606.05250, for F1.
     """
-    questions, requests = [], []
-    for question in task.records[:limit]:
-        candidates = _requests(subject, task, question)
-        longest = max(len(candidate.inputs) for candidate in candidates)
-        room = max(longest, len(candidates[0].context) + task.tokens - 1)
-        if subject.context is None or room <= subject.context:
-            questions.append(question)
-            requests.append(candidates)
-    total = len(task.records[:limit])
-    check_any(len(questions), total, task.spec, subject)
-    scores: dict[str, list[float]] = {}
-    if task.answers:
-        prompts = [candidates[0].context for candidates in requests]
-        tick = token_counter(f"{label(task.spec)}: greedy answers", sum(map(len, prompts)), observer)
-        texts = greedy_continuations(subject, prompts, task.tokens, tick)
-        pairs = list(zip(texts, questions, strict=True))
-        scores["correct"] = [float(any(contains(text, answer) for answer in q.answers)) for text, q in pairs]
-        scores["f1"] = [max(token_f1(text, answer) for answer in q.answers) for text, q in pairs]
-    if task.losses:
-        scores["log_loss"], scores["exact"] = _losses(subject, task, requests, observer)
+    asked = [_encoded(subject, task, question) for question in task.records[:limit]]
+    fitting = [item for item in asked if subject.context is None or item.room(task.tokens) <= subject.context]
+    check_any(len(fitting), len(asked), task.spec, subject)
+    scores = _scores(subject, task, fitting, readings or Readings(), observer)
     return TaskResult(
         task=task.spec,
         kind=task.kind,
         figures=tuple(mean(name, values, higher_is_better=name != "log_loss") for name, values in scores.items()),
-        scored=len(questions),
-        overlong=total - len(questions),
+        scored=len(fitting),
+        overlong=len(asked) - len(fitting),
         settings={"tokens": task.tokens, "context": subject.context},
         scores={name: tuple(values) for name, values in scores.items()},
     )
@@ -76,30 +66,64 @@ def check_any(fitting: int, total: int, spec: str, subject: Subject) -> None:
         raise PlanError(f"task {spec}: none of {total} record(s) fits into the context of {subject.context} tokens")
 
 
-def _requests(subject: Subject, task: QATask, question: Question) -> list[Request]:
-    """Return one request for each accepted answer."""
-    requests = []
+@dataclass(frozen=True)
+class _Encoded:
+    """A question's accepted answers, and the tokens of its prompt and of each of them."""
+
+    accepted: tuple[str, ...]
+    prompt: Tokens
+    answers: tuple[Tokens, ...]
+
+    def room(self, tokens: int) -> int:
+        """Return the most tokens that the model is fed; the last one is only predicted."""
+        return len(self.prompt) + max(tokens, *map(len, self.answers)) - 1
+
+
+def _encoded(subject: Subject, task: QATask, question: Question) -> _Encoded:
+    """Return a question as tokens."""
+    answers = []
     for answer in question.answers:
         before, after = subject.encode_pair(question.prompt, f" {answer}")
         if not after:
             raise PlanError(f"task {task.spec}: line {question.line}: the answer {answer!r} tokenises to nothing")
-        requests.append(Request(tuple(before), tuple(after)))
-    return requests
+        answers.append(tuple(after))
+    return _Encoded(question.answers, tuple(before), tuple(answers))
 
 
-def _losses(
-    subject: Subject, task: QATask, requests: Sequence[Sequence[Request]], observer: Observer
-) -> tuple[list[float], list[float]]:
-    """Return the lowest loss of each question's answers, and whether any is what the model would write."""
-    flat = [request for candidates in requests for request in candidates]
-    tick = token_counter(f"{label(task.spec)}: log-loss", sum(len(request.inputs) for request in flat), observer)
-    found = iter(log_likelihoods(subject, flat, tick))
-    losses, exact = [], []
-    for candidates in requests:
-        scored = [next(found) for _ in candidates]
-        losses.append(min(item.loss for item in scored))
-        exact.append(float(any(item.greedy for item in scored)))
-    return losses, exact
+def _scores(
+    subject: Subject, task: QATask, questions: Sequence[_Encoded], readings: Readings, observer: Observer
+) -> dict[str, list[float]]:
+    """Return each measure that the task wants, of each question."""
+    prompts = [question.prompt for question in questions]
+    tick = token_counter(f"{label(task.spec)}: questions", sum(map(len, prompts)), observer)
+    found: dict[int, dict[str, float]] = {}
+    for numbers in prompt_batches(prompts, subject, task.tokens):
+        batch = [questions[number] for number in numbers]
+        key = tuple(question.prompt for question in batch)
+        texts = [question.answers if task.losses else () for question in batch]
+        reading = (None if task.losses else readings.take(key)) or read(subject, key, texts)
+        if task.answers:
+            written = write(subject, reading, task.tokens)
+            answers = [_of_answer(text, question.accepted) for text, question in zip(written, batch, strict=True)]
+        else:
+            readings.put(key, reading)
+            answers = [{} for _ in batch]
+        losses = [_of_likelihoods(likely) if task.losses else {} for likely in reading.likelihoods]
+        found |= {number: one | two for number, one, two in zip(numbers, answers, losses, strict=True)}
+        tick(sum(map(len, key)))
+    return {name: [found[number][name] for number in range(len(questions))] for name in found[0]}
+
+
+def _of_answer(text: str, accepted: Sequence[str]) -> dict[str, float]:
+    """Measure what the model wrote."""
+    correct = any(contains(text, answer) for answer in accepted)
+    return {"correct": float(correct), "f1": max(token_f1(text, answer) for answer in accepted)}
+
+
+def _of_likelihoods(likelihoods: Sequence[Likelihood]) -> dict[str, float]:
+    """Measure the likeliest of a question's answers, and whether any is what the model would write."""
+    greedy = any(likelihood.greedy for likelihood in likelihoods)
+    return {"log_loss": min(likelihood.loss for likelihood in likelihoods), "exact": float(greedy)}
 
 
 def contains(text: str, answer: str) -> bool:

@@ -13,6 +13,7 @@ from trawl.evaluation.lm import check_harness, evaluate_harness
 from trawl.evaluation.pairs import evaluate_pairs
 from trawl.evaluation.perplexity import evaluate_perplexity
 from trawl.evaluation.qa import evaluate_qa
+from trawl.evaluation.reading import Readings
 from trawl.evaluation.results import TaskResult
 from trawl.evaluation.subject import Subject, open_subject
 from trawl.evaluation.tasks import ChoiceTask, HarnessTask, PairsTask, PerplexityTask, QATask, Task, parse_task
@@ -94,15 +95,22 @@ def evaluate(
 
 
 def run_task(
-    subject: Subject, task: Task, *, limit: int | None, context: int | None, stride: int | None, observer: Observer
+    subject: Subject,
+    task: Task,
+    *,
+    limit: int | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    readings: Readings | None = None,
+    observer: Observer = silent,
 ) -> TaskResult:
-    """Run one task on a loaded model and time it; arguments as for :func:`evaluate`."""
+    """Run one task on a loaded model and time it; arguments as for :func:`evaluate` and :func:`evaluate_qa`."""
     began = time.monotonic()
     match task:
         case PerplexityTask():
             result = evaluate_perplexity(subject, task, context=context, stride=stride, limit=limit, observer=observer)
         case QATask():
-            result = evaluate_qa(subject, task, limit=limit, observer=observer)
+            result = evaluate_qa(subject, task, limit=limit, readings=readings, observer=observer)
         case ChoiceTask():
             result = evaluate_choice(subject, task, limit=limit, observer=observer)
         case PairsTask():

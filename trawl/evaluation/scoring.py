@@ -1,22 +1,20 @@
-"""Log-likelihoods and greedy continuations, batched by length."""
+"""Log-likelihoods, batched by length."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from trawl.evaluation.subject import Subject
 from trawl.observers import Observer
 
 BATCH_LOGITS = 1 << 26  # logits of one batch: 256 MB in float32
 CHUNK_LOGITS = 1 << 24  # of them in float32 at once, whatever the model's dtype
+PADDING_SHARE = 1 / 16  # of a batch's tokens: a further batch costs less than more padding
 
 Tick = Callable[[int], None]
 """Told how many tokens of input have been dealt with since the last call."""
@@ -106,16 +104,18 @@ def _batches(rows: Sequence[_Row], subject: Subject) -> Iterator[list[_Row]]:
     """Yield rows of like length, the longest first, within the limits of tokens and of logits."""
     vocabulary = int(subject.model.get_output_embeddings().weight.shape[0])
     batch: list[_Row] = []
-    first = 0
+    first, padding = 0, 0
     for row in sorted(rows, key=lambda row: (-len(row.inputs), -row.first)):
         low = min(first, row.first) if batch else row.first
         length, count = len(batch[0].inputs) if batch else len(row.inputs), len(batch) + 1
-        logits = count * (length - low if subject.trims_logits else length) * vocabulary
-        if batch and (count * length > subject.batch_tokens or logits > BATCH_LOGITS):
+        logits = count * (length - low if subject.takes("logits_to_keep") else length) * vocabulary
+        wasted = padding + length - len(row.inputs)
+        full = count * length > subject.batch_tokens or logits > BATCH_LOGITS
+        if batch and (full or wasted > PADDING_SHARE * subject.batch_tokens):
             yield batch
-            batch, low = [], row.first
+            batch, low, wasted = [], row.first, 0
         batch.append(row)
-        first = low
+        first, padding = low, wasted
     if batch:
         yield batch
 
@@ -136,7 +136,7 @@ def _score(subject: Subject, batch: Sequence[_Row], requests: Sequence[Request])
             numbers.append(number)
             places += range(start, start + len(tokens))
             targets += tokens
-    values, greedy = _gather(logits.flatten(0, 1), torch.tensor(places), torch.tensor(targets))
+    values, greedy = log_probabilities(logits.flatten(0, 1), torch.tensor(places), torch.tensor(targets))
     found, end = {}, 0
     for number in numbers:
         start, end = end, end + len(requests[number].continuation)
@@ -146,7 +146,7 @@ def _score(subject: Subject, batch: Sequence[_Row], requests: Sequence[Request])
 
 def _logits(subject: Subject, ids: Tensor, mask: Tensor, low: int) -> Tensor:
     """Return the logits at position ``low`` and after it."""
-    if not subject.trims_logits:
+    if not subject.takes("logits_to_keep"):
         whole: Tensor = subject.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return whole[:, low:]
     keep = ids.shape[1] - low
@@ -154,9 +154,9 @@ def _logits(subject: Subject, ids: Tensor, mask: Tensor, low: int) -> Tensor:
     return kept
 
 
-def _gather(logits: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def log_probabilities(logits: Tensor, places: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of tokens at places of flat logits (places, vocabulary), and whether each is highest."""
-    values, greedy = [], []
+    values, greedy = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
     step = max(CHUNK_LOGITS // logits.shape[-1], 1)
     for start in range(0, len(places), step):
         chosen = logits[places[start : start + step].to(logits.device)].float()  # (step, vocabulary)
@@ -177,44 +177,3 @@ def padded(rows: Sequence[Sequence[int]], subject: Subject, *, left: bool) -> tu
         ids[index, place] = torch.tensor(row)
         mask[index, place] = 1
     return ids.to(subject.device), mask.to(subject.device)
-
-
-@torch.inference_mode()
-def greedy_continuations(subject: Subject, prompts: Sequence[Sequence[int]], tokens: int, tick: Tick) -> list[str]:
-    """Return what the model writes after each prompt when it always takes the likeliest token.
-
-    Args:
-        subject: a causal language model with its tokenizer.
-        prompts: tokens, none longer than the model's context less ``tokens``.
-        tokens: the most tokens of each continuation; an end-of-sequence token ends it earlier.
-        tick: told of progress in tokens of input.
-    Returns: texts without special tokens, in the order of the prompts. Prompts are padded on the left and masked;
-        settings of the model's own generation configuration, such as a repetition penalty, do not apply.
-    """
-    texts: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    with _plain_generation(subject, tokens) as settings:
-        while order:
-            count = max(subject.batch_tokens // (len(prompts[order[0]]) + tokens), 1)
-            batch, order = order[:count], order[count:]
-            ids, mask = padded([prompts[number] for number in batch], subject, left=True)
-            out = subject.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            new = subject.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            texts |= dict(zip(batch, new, strict=True))
-            tick(sum(len(prompts[number]) for number in batch))
-    return [texts[number] for number in range(len(prompts))]
-
-
-@contextmanager
-def _plain_generation(subject: Subject, tokens: int) -> Iterator[Any]:
-    """Set the model's generation configuration aside: what a request leaves open would be taken from it."""
-    own = subject.model.generation_config
-    ends = getattr(own, "eos_token_id", None)
-    settings = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=ends, pad_token_id=subject.padding, use_cache=True
-    )
-    subject.model.generation_config = GenerationConfig()
-    try:
-        yield settings
-    finally:
-        subject.model.generation_config = own

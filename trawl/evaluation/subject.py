@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import logging
 
 from trawl import gguf
 from trawl.errors import LoadError, PlanError, suggestion
 from trawl.evaluation.tasks import PairsTask, Task
 from trawl.hf.load import check_folder, load
+from trawl.models import no_bars
 from trawl.pipeline import pick_device
+from trawl.tokens import encode_plain, position_limit, prefix_tokens
 
 DTYPES = {
     "auto": "auto",
@@ -35,7 +35,6 @@ ROLES = {
     "encoder": "an encoder, which predicts no next token",
     "encoder-decoder": "an encoder-decoder model",
 }
-PROBE = "a b"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +56,7 @@ class Subject:
     @cached_property
     def prefix(self) -> tuple[int, ...]:
         """Tokens that the tokenizer puts before every text, such as a beginning-of-sequence token."""
-        whole = list(self.tokenizer(PROBE)["input_ids"])
-        plain = list(self.tokenizer(PROBE, add_special_tokens=False)["input_ids"])
-        for start in range(len(whole) - len(plain) + 1):
-            if whole[start : start + len(plain)] == plain:
-                return tuple(whole[:start])
-        return ()
+        return prefix_tokens(self.tokenizer)
 
     @cached_property
     def start(self) -> tuple[int, ...]:
@@ -86,9 +80,12 @@ class Subject:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @cached_property
-    def trims_logits(self) -> bool:
-        """Whether the model computes logits for chosen positions only."""
-        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.forward).parameters)
+
+    def takes(self, name: str) -> bool:
+        """Whether the model can be called with an argument, such as ``logits_to_keep``."""
+        return name in self._parameters
 
     @property
     def device(self) -> torch.device:
@@ -103,13 +100,7 @@ class Subject:
 
     def encode_plain(self, text: str) -> list[int]:
         """Return a text's tokens without any that the tokenizer adds."""
-        ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if ids and max(ids) >= self._vocabulary:
-            raise PlanError(
-                f"the tokenizer does not belong to the model: it gives token {max(ids)}, "
-                f"the model has {self._vocabulary} embeddings"
-            )
-        return ids
+        return encode_plain(self.tokenizer, text, self._vocabulary)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a context and of what continues it.
@@ -155,7 +146,7 @@ def open_subject(
         if (dtype, device, revision) != ("auto", "auto", None):
             raise PlanError("dtype, device and revision go with a path or hub id; convert the loaded model itself")
         check_role(_role(model, model.config), tasks)
-    limit = _position_limit(model, tokenizer)
+    limit = position_limit(model, tokenizer)
     if context is not None and limit is not None and context > limit:
         raise PlanError(f"context {context} is longer than the model's {limit} positions; pass at most {limit}")
     return Subject(model, tokenizer, context or limit, batch_tokens)
@@ -183,7 +174,7 @@ def _load(
             tokenizer = AutoTokenizer.from_pretrained(str(path), **pinned)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise LoadError(f"{name} has no usable tokenizer ({str(e).splitlines()[0]}); pass one in Python") from e
-    with _no_bars():
+    with no_bars():
         model: Any = load(path, dtype=DTYPES[dtype], **pinned)
     model.to(chosen).eval()
     check_role(_role(model, model.config), tasks)
@@ -206,18 +197,6 @@ def _read_config(path: Path, pinned: Mapping[str, str]) -> Any:
         ) from e
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers from drawing its own bar, which standard error of a script or of ``--json`` has no use for."""
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
-
-
 def _role(model: Any, config: Any) -> str:
     """Return what a model, or its class, is: decoder, encoder, or encoder-decoder."""
     if getattr(config, "is_encoder_decoder", False):
@@ -234,13 +213,3 @@ def check_role(role: str, tasks: Sequence[Task]) -> None:
             fix = "" if role == "encoder-decoder" else f"; this model can do {other} tasks"
             wanted = "an encoder" if needed == "encoder" else "a causal language model"
             raise PlanError(f"task {task.spec}: {task.kind} needs {wanted}, but the model is {ROLES[role]}{fix}")
-
-
-def _position_limit(model: Any, tokenizer: Any) -> int | None:
-    """Return the most positions that model and tokenizer agree on, None where there is no limit."""
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there
-            limits.append(module.num_embeddings - reserved)
-    return min((int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=None)

@@ -1,11 +1,12 @@
 """Model families: which stored tensors hold which roles, from YAML files, with an inferred fallback."""
 
-from trawl.families.description import ATTENTION, FC, ROLES, Family, Role, load_family, packaged_families
+from trawl.families.description import ATTENTION, FC, OUTSIDE, ROLES, Family, Role, load_family, packaged_families
 from trawl.families.matching import FamilyMatch, Placement, describe_matrices, match_family
 
 __all__ = [
     "ATTENTION",
     "FC",
+    "OUTSIDE",
     "ROLES",
     "Family",
     "FamilyMatch",

@@ -6,12 +6,16 @@
     layer: "layers.{layer}."              # path of one layer
     layers: num_hidden_layers             # number of layers: an expression, or a list of which the first known counts
     inner_field: intermediate_size        # optional: the config field that holds the FC's inner width
+    head_fields: [num_attention_heads, num_key_value_heads, head_dim]  # optional, where all three are in the config
     sizes:                                # axis sizes, in order: expressions over config fields and earlier sizes
       hidden: hidden_size
       head_dim: [head_dim, hidden // num_attention_heads]
     roles:
       k: {tensor: self_attn.qkv.weight, view: (heads part head_dim) hidden, take: {part: 1}}
       o: {tensor: self_attn.o_proj.weight, view: hidden width -> width hidden}
+    outside:                              # optional: matrices outside the layers, stored (vocabulary, hidden)
+      embed: embed_tokens.weight          # after the prefix, or after the first parts of it
+      lm_head: lm_head.weight             # where it is absent, the head is tied to the embeddings
 
 ``view`` is ``stored -> canonical`` (no arrow: the same), and the canonical side ends in the axis ``hidden``. Axes that
 ``sizes`` does not name are taken from the tensor. ``take`` cuts an axis to one index or to ``[start, stop]``.
@@ -36,6 +40,7 @@ from trawl.views import View, parse
 ATTENTION = ("q", "k", "v", "o")
 FC = ("gate", "up", "down")
 ROLES = ATTENTION + FC
+OUTSIDE = ("embed", "lm_head")
 GENERIC = "generic"
 
 
@@ -68,11 +73,24 @@ class Family:
     layer: str
     layers: tuple[str, ...]
     inner_field: str | None
+    head_fields: tuple[str, ...]
     sizes: tuple[tuple[str, tuple[str, ...]], ...]
     roles: tuple[Role, ...]
+    outside: tuple[tuple[str, tuple[str, ...]], ...]
 
 
-KEYS = ("model_types", "config_section", "prefixes", "layer", "layers", "inner_field", "sizes", "roles")
+KEYS = (
+    "model_types",
+    "config_section",
+    "prefixes",
+    "layer",
+    "layers",
+    "inner_field",
+    "head_fields",
+    "sizes",
+    "roles",
+    "outside",
+)
 ROLE_KEYS = ("tensor", "view", "take")
 
 
@@ -109,9 +127,10 @@ def parse_family(text: str, name: str, source: str) -> Family:
     layer = _text(data.get("layer"), f"{source}: layer")
     if layer.count("{layer}") != 1:
         raise FamilyError(f"{source}: layer is {layer!r}; expected a path with one {{layer}}, as 'layers.{{layer}}.'")
-    sizes, roles = (data.get(key) or {} for key in ("sizes", "roles"))
+    sizes, roles, outside = (data.get(key) or {} for key in ("sizes", "roles", "outside"))
     _known_keys(sizes, None, f"{source}: sizes")
     _known_keys(roles, ROLES, f"{source}: roles")
+    _known_keys(outside, OUTSIDE, f"{source}: outside")
     if not roles:
         raise FamilyError(f"{source}: roles is empty; expected some of {', '.join(ROLES)}")
     section, inner_field = data.get("config_section"), data.get("inner_field")
@@ -123,9 +142,23 @@ def parse_family(text: str, name: str, source: str) -> Family:
         layer=layer,
         layers=_expressions(data.get("layers"), f"{source}: layers"),
         inner_field=None if inner_field is None else _text(inner_field, f"{source}: inner_field"),
+        head_fields=_head_fields(data.get("head_fields", []), source),
         sizes=tuple((axis, _expressions(size, f"{source}: sizes.{axis}")) for axis, size in sizes.items()),
         roles=tuple(_role(role, roles[role], f"{source}: roles.{role}") for role in ROLES if role in roles),
+        outside=tuple(
+            (role, _texts(outside[role], f"{source}: outside.{role}")) for role in OUTSIDE if role in outside
+        ),
     )
+
+
+def _head_fields(data: Any, source: str) -> tuple[str, ...]:
+    """Return the fields of query heads, key-value heads and head size, or none of them."""
+    fields = _texts(data, f"{source}: head_fields")
+    if len(fields) not in (0, 3):
+        raise FamilyError(
+            f"{source}: head_fields is {data!r}; expected the fields of heads, key-value heads, head size"
+        )
+    return fields
 
 
 def _role(name: str, data: Any, where: str) -> Role:

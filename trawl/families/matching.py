@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ class Placement:
     """One role of one layer: the stored tensor that holds it and the view that cuts it out.
 
     Attributes:
-        layer: 0-based.
-        role: one of ``trawl.families.ROLES``.
+        layer: 0-based; -1 outside the layers.
+        role: one of ``trawl.families.ROLES`` or, outside the layers, of ``trawl.families.OUTSIDE``.
         tensor: name in the checkpoint.
         view: from the stored tensor to the slice; one object is shared by all layers.
         shape: (inner, hidden) of the slice.
@@ -45,6 +45,10 @@ class FamilyMatch:
         layers: number of layers.
         placements: every role of every layer, by layer and then in the order of ``ROLES``.
         inner_field: the config field that holds the FC's inner width, where the family names one.
+        head_fields: the config fields of query heads, key-value heads and head size, where the family names them.
+        section: the nested config that holds these fields, where there is one.
+        sizes: axis sizes that the family works out from the config.
+        outside: token embeddings and head, by role; one and the same placement where they are tied.
     """
 
     family: str
@@ -52,6 +56,10 @@ class FamilyMatch:
     layers: int
     placements: tuple[Placement, ...]
     inner_field: str | None = None
+    head_fields: tuple[str, ...] = ()
+    section: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    outside: Mapping[str, Placement] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -109,7 +117,33 @@ def _match(family: Family, config: Mapping[str, Any], tensors: Shapes, assumed: 
             tensor = found.names[layer, role]
             shape = _shape(family, role, tensor, view, tensors[tensor])
             placements.append(Placement(layer, role, tensor, view, shape))
-    return FamilyMatch(family.name, assumed, count, tuple(placements), family.inner_field)
+    section = family.config_section if isinstance(config.get(family.config_section or ""), Mapping) else None
+    return FamilyMatch(
+        family.name,
+        assumed,
+        count,
+        tuple(placements),
+        family.inner_field,
+        family.head_fields,
+        section,
+        sizes,
+        _outside(family, found.prefix, fields, tensors),
+    )
+
+
+def _outside(family: Family, prefix: str, fields: Mapping[str, Any], tensors: Shapes) -> dict[str, Placement]:
+    """Place the token embeddings and the head; a head that is not stored is the embeddings."""
+    parts = prefix.split(".")[:-1]
+    prefixes = ["".join(f"{part}." for part in parts[:count]) for count in range(len(parts), -1, -1)]
+    found: dict[str, Placement] = {}
+    for role, names in family.outside:
+        stored = (start + name for name in names for start in prefixes if len(tensors.get(start + name, ())) == 2)
+        if tensor := next(stored, None):
+            rows, width = tensors[tensor]
+            found[role] = Placement(-1, role, tensor, View("inner hidden"), (rows, width))
+    if "embed" in found and "lm_head" not in found and fields.get("tie_word_embeddings", True):
+        found["lm_head"] = found["embed"]
+    return found
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,14 @@ def apply(model: PreTrainedModel, recipe: Recipe, *, observer: Observer = silent
     Raises: TrawlError: the family is unknown, the recipe does not fit, a weight holds NaN or Inf.
     Cost: that of the decompositions; memory for all factors, and dense for the new weights of one module.
     """
+    if recipe.anchored:
+        raise PlanError("an anchored recipe fits stacks on a text; use trawl.compress with calibrate")
+    if recipe.output_weighting != "none":
+        raise PlanError("output_weighting takes gradients on a text; use trawl.compress with calibrate")
     if recipe.factor_dtype is not None:
         raise PlanError("factor_dtype goes with a checkpoint on disk; in memory factors have the model's dtype")
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
     planned = make_plan(in_memory(model, state), recipe)
     absmax = {
         item.stack.name: max(scan(planned.checkpoint, name) for name in item.stack.tensors) for item in planned.stacks

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,59 +15,11 @@ from torch.nn import functional
 from trawl.descriptor import EMPTY, DescribedStack
 from trawl.errors import ShapeError
 from trawl.factors import Factors
+from trawl.hf.sharing import SharedProduct, may_share
 from trawl.views import View, parse, solve
 
 NEVER = 1 << 62  # a number of rows that no input has
 FEW_ROWS = 64  # up to here reading the factors takes longer than multiplying, so neighbours are computed together
-
-Product = TypeVar("Product")
-
-
-def version_of(x: Tensor) -> int:
-    """Return a number that every change of a tensor in place raises."""
-    return x._version  # noqa: SLF001 (torch has no public name for it)
-
-
-def may_share(x: Tensor) -> bool:
-    """Tell whether products of an input may be kept for other slices.
-
-    They are not where gradients are recorded, because that would keep the graph alive; for inference tensors, whose
-    changes cannot be seen; and under torch.compile, which does not trace weak references.
-    """
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_inference())
-
-
-class SharedProduct(Generic[Product]):
-    """The last product of an input with factors, for the other slices that are given the same input.
-
-    It is found by the identity and version of the input, which it does not keep alive, and is handed to each reader
-    once: a reader that asks again is in a new pass, in which factors may have changed. Copies and pickles are empty.
-    """
-
-    __slots__ = ("_last",)
-
-    def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], int, Product, set[object]] | None = None
-
-    def get(self, x: Tensor, reader: object) -> Product | None:
-        """Return the product of ``x`` that another reader has left."""
-        last = self._last  # one read: another thread may replace it at any time
-        if last is None or last[0]() is not x or last[1] != version_of(x) or reader in last[3]:
-            return None
-        last[3].add(reader)
-        return last[2]
-
-    def put(self, x: Tensor, reader: object, product: Product) -> None:
-        """Leave the product of ``x`` for other readers; it goes when ``x`` does."""
-        self._last = weakref.ref(x, self._forget), version_of(x), product, {reader}
-
-    def _forget(self, reference: weakref.ref[Tensor]) -> None:
-        """Drop the product of an input that is gone."""
-        if (last := self._last) is not None and last[0] is reference:
-            self._last = None
-
-    def __reduce__(self) -> tuple[type[SharedProduct[Product]], tuple[()]]:
-        return SharedProduct, ()
 
 
 class FactorStack(nn.Module):
@@ -89,20 +41,27 @@ class FactorStack(nn.Module):
             self.register_parameter(factor, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         if not description.stack_factor:
             self.register_parameter("stack", None)
+        self.places = description.places
         self.of_hidden: SharedProduct[Tensor] = SharedProduct()
         self.of_inner: SharedProduct[Tensor] = SharedProduct()
 
     def middle(self, index: int | slice) -> Tensor:
-        """Return M of one slice, (r,) or (r1, r2), or of a range of slices, with one axis more."""
+        """Return M at one index, (r,) or (r1, r2), or at a range of them, with one axis more."""
         if self.stack is None:
             return self.core[index]
         mixed: Tensor = torch.tensordot(self.stack[index], self.core, dims=1)
         return mixed
 
-    def matrix(self, index: int) -> Tensor:
+    def left_of(self, first: int, stop: int) -> Tensor:
+        """Return the rows of left that a range of slices has: their own, one after the other, where they are joined."""
+        if not self.description.joined or stop - first == len(self.places):
+            return self.left
+        return self.left[self.places[first].rows.start : self.places[stop - 1].rows.stop]
+
+    def matrix(self, number: int) -> Tensor:
         """Multiply out one slice in float32 or wider, (inner, hidden), detached, rounded once to the factors' dtype."""
-        dtype = torch.promote_types(self.left.dtype, torch.float32)
-        left, right = self.left.detach().to(dtype), self.right.detach().to(dtype)
+        dtype, index = torch.promote_types(self.left.dtype, torch.float32), self.places[number].s
+        left, right = self.left_of(number, number + 1).detach().to(dtype), self.right.detach().to(dtype)
         mixing = None if self.stack is None else self.stack.detach()[index, None].to(dtype)  # (1, A)
         core = self.core.detach() if mixing is not None else self.core.detach()[index, None]
         return Factors(left, right, core.to(dtype), mixing).slice(0).to(self.left.dtype)
@@ -143,8 +102,8 @@ class Neighbours:
 
     Attributes:
         stack: their factors.
-        first: index of the first slice.
-        stop: index after the last.
+        first: number of the first slice.
+        stop: number after the last.
         shared: the outputs that are left for the others.
     """
 
@@ -161,8 +120,18 @@ class Neighbours:
             self.shared.put(x, part, outputs)
         return outputs[part.index - self.first]
 
+    @cached_property
+    def _widths(self) -> list[int]:
+        """Inner widths of joined slices."""
+        rows = (place.rows for place in self.stack.places[self.first : self.stop])
+        return [each.stop - each.start for each in rows]
+
     def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of all slices, (..., inner) each."""
+        if self.stack.description.joined:
+            scaled = (x @ self.stack.right) * self.stack.middle(0)
+            outputs = functional.linear(scaled, self.stack.left_of(self.first, self.stop))
+            return torch.split(outputs, self._widths, dim=-1)
         product = x.reshape(-1, x.shape[-1]) @ self.stack.right  # (rows, r2)
         middle = self.stack.middle(slice(self.first, self.stop))
         if middle.dim() == 2:
@@ -180,7 +149,7 @@ class Part:
 
     Attributes:
         stack: the factors, which another module owns.
-        index: the slice in the stack mode.
+        index: the slice's number in the stack.
         view: from the stored tensor to the slice.
         of_hidden: whether the module's input is the residual stream (q, k, v, gate, up) or the inner axis (o, down).
         placement: where the outputs go.
@@ -217,8 +186,9 @@ class Part:
     def _multiply_alone(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x · W`` plus a bias for this slice, sharing its first product where that is possible."""
         stack = self.stack
-        first, last = (stack.right, stack.left) if self.of_hidden else (stack.left, stack.right)
-        middle = stack.middle(self.index)
+        left = stack.left_of(self.index, self.index + 1)
+        first, last = (stack.right, left) if self.of_hidden else (left, stack.right)
+        middle = stack.middle(stack.places[self.index].s)
         if middle.dim() == 1:
             return functional.linear(self._first_product(x, first) * middle, last, bias)
         if self.of_hidden:
@@ -249,10 +219,11 @@ def make_part(stack: FactorStack, index: int, out_axis: int) -> Part:
 
     Args:
         stack: its factors, on any device.
-        index: the slice in the stack mode.
+        index: the slice's number in the stack.
         out_axis: the stored axis that is the module's output: 0 for nn.Linear, 1 for Conv1D.
     Returns: the part.
-    Raises: ShapeError: the view narrows or reorders the module's input axis, through which factors cannot multiply.
+    Raises: ShapeError: the view narrows or reorders the module's input axis, through which factors cannot multiply; or
+        the slice is joined with others, but reads the inner axis.
     """
     described = stack.description.slices[index]
     view, shape = described.view, described.stored_shape
@@ -261,6 +232,10 @@ def make_part(stack: FactorStack, index: int, out_axis: int) -> Part:
     of_hidden = set(canonical[0]) == set(outputs)
     if inputs != canonical[1 if of_hidden else 0] or any(axis in inputs for axis, _, _ in view.take):
         raise ShapeError(f"view '{view}' narrows or reorders the input axis ({' '.join(inputs)}) of the module")
+    if stack.description.joined and not of_hidden:
+        raise ShapeError(
+            f"stack {stack.description.name} joins slices that read the residual stream; this one does not"
+        )
     sizes = solve(stored, shape, dict(view.sizes), "tensor")
     taken = {axis: (start, stop) for axis, start, stop in view.take}
     sizes |= {axis: stop - start for axis, (start, stop) in taken.items()}
@@ -338,7 +313,8 @@ class FactoredLinear(nn.Module):
     """Stands in for nn.Linear or Conv1D, its matrix given by slices of one or several stacks.
 
     The factors belong to FactorStack modules elsewhere in the model, so that a state dict holds each of them once.
-    Under the name ``weight`` the module holds an empty parameter, as the checkpoint does; the attribute ``weight`` is
+    Under the name ``weight`` the module holds an empty parameter, as the checkpoint does, or none where it is tied to
+    an embedding that does; the attribute ``weight`` is
     the matrix multiplied out, computed at every read, for code that looks at its shape, dtype, device or values.
 
     Attributes:
@@ -350,7 +326,7 @@ class FactoredLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, parts: Sequence[Part], out_axis: int, bias: nn.Parameter | None) -> None:
+    def __init__(self, parts: Sequence[Part], out_axis: int, bias: nn.Parameter | None, *, tied: bool = False) -> None:
         super().__init__()
         self.parts = tuple(sorted(parts, key=lambda part: part.placement.start))
         first = self.parts[0]
@@ -360,7 +336,8 @@ class FactoredLinear(nn.Module):
         self.single = len(self.parts) == 1 and first.placement.plain
         self.loading = False
         like = first.stack.left
-        self._parameters["weight"] = nn.Parameter(torch.empty(EMPTY, dtype=like.dtype, device=like.device))
+        empty = nn.Parameter(torch.empty(EMPTY, dtype=like.dtype, device=like.device))
+        self._parameters["weight"] = None if tied else empty
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from trawl.checkpoint import read_json, shard_names
-from trawl.descriptor import METHOD, Descriptor
+from trawl.descriptor import METHOD, Descriptor, looks_like_factor
 from trawl.descriptor_reader import parse_descriptor
 from trawl.errors import CheckpointError, LoadError
 from trawl.hf.quantizer import read_tensors
-
-HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+from trawl.models import model_class
 
 
 def load(path: str | Path, auto_class: Any = None, **arguments: Any) -> PreTrainedModel:
@@ -35,12 +33,14 @@ def load(path: str | Path, auto_class: Any = None, **arguments: Any) -> PreTrain
     folder = Path(path)
     if folder.is_dir():
         check_folder(folder)
-        return _model_class(_architectures(folder), auto_class).from_pretrained(folder, **arguments)
+        return model_class(
+            read_json(folder / "config.json", "model configuration").get("architectures"), auto_class
+        ).from_pretrained(folder, **arguments)
     if folder.is_absolute() or len(folder.parts) > 2:
         raise LoadError(f"no such folder: {folder}; expected a checkpoint folder, or a hub id of the form org/name")
     names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
     config = AutoConfig.from_pretrained(str(path), **{name: arguments[name] for name in names if name in arguments})
-    return _model_class(config.architectures, auto_class).from_pretrained(str(path), **arguments)
+    return model_class(config.architectures, auto_class).from_pretrained(str(path), **arguments)
 
 
 def check_folder(folder: Path) -> Descriptor | None:
@@ -63,33 +63,9 @@ def check_folder(folder: Path) -> Descriptor | None:
         descriptor = parse_descriptor(quantization, str(folder / "config.json"))
         descriptor.check_tensors(tensors, str(folder))
         return descriptor
-    if stray := next((name for name in tensors if f".{METHOD}." in name), None):
+    if stray := next((name for name in tensors if looks_like_factor(name)), None):
         raise LoadError(
             f"{folder} holds the factor {stray}, but its config.json has no quantization_config of quant_method "
             f"{METHOD}; restore the config.json that was written with it"
         )
     return None
-
-
-def _architectures(folder: Path) -> list[str] | None:
-    """Return what config.json says under architectures."""
-    found = read_json(folder / "config.json", "model configuration").get("architectures")
-    return found if isinstance(found, list) else None
-
-
-def _model_class(architectures: list[str] | None, auto_class: Any) -> Any:
-    """Return the class to load with."""
-    if auto_class is not None and not isinstance(auto_class, str):
-        return auto_class
-    name = auto_class or (str(architectures[0]) if architectures else None)
-    if name is None:
-        raise LoadError("config.json names no architectures; pass auto_class, such as AutoModelForCausalLM")
-    found = getattr(transformers, name, None)
-    if hasattr(found, "from_pretrained"):
-        return found
-    if auto_class is not None:
-        raise LoadError(f"transformers {transformers.__version__} has no model class {auto_class}")
-    head = next((head for head in HEADS if name.endswith(head)), "")
-    return getattr(
-        transformers, f"AutoModel{head}"
-    )  # an architecture of remote code: its auto_map is on the Auto class

@@ -29,7 +29,9 @@ from trawl.checkpoint import DTYPES, TensorInfo, read_shard
 from trawl.descriptor import METHOD, DescribedStack, Descriptor
 from trawl.descriptor_reader import parse_descriptor
 from trawl.errors import CheckpointError, LoadError
+from trawl.hf.embedding import FactoredEmbedding
 from trawl.hf.linear import FactoredLinear
+from trawl.hf.narrowing import narrow_modules, widen_modules
 from trawl.hf.replacement import Locate, check_loaded, install, multiply_out, set_loading, stacks_of
 
 LOADED_MARK = "_is_hf_initialized"  # transformers sets it on every parameter that it has loaded
@@ -73,7 +75,9 @@ class TrawlQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         descriptor = self.quantization_config.descriptor
         if checkpoint_files:
             descriptor.check_tensors(read_tensors(checkpoint_files), str(Path(checkpoint_files[0]).parent))
-        install(model, descriptor, make_locate(model))
+        locate = make_locate(model)
+        narrow_modules(model, descriptor.narrow, locate)
+        install(model, descriptor, locate)
         set_loading(model, True)
         _check_names(model)
 
@@ -94,8 +98,10 @@ class TrawlQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         config.descriptor = current_descriptor(model, config.descriptor)
         return None, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Multiply every factored module out and drop the factors."""
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Multiply every factored module out and drop the factors, and pad every narrow one."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved model's config has its name
+        widen_modules(model, self.quantization_config.descriptor.narrow, make_locate(model))
         multiply_out(model)
         return model if dtype is None else model.to(dtype)
 
@@ -172,10 +178,13 @@ def current_descriptor(model: PreTrainedModel, before: Descriptor) -> Descriptor
     stacks = stacks_of(model)
     keys = [f"{path}.left" for path in stacks]
     paths: dict[tuple[str, int], str] = {}
-    for path, module in model.named_modules():
+    embeddings_last = sorted(model.named_modules(), key=lambda item: isinstance(item[1], FactoredEmbedding))
+    for path, module in embeddings_last:  # a tied head is saved as the embeddings
         if isinstance(module, FactoredLinear):
             paths |= {(part.stack.description.name, part.index): f"{path}.weight" for part in module.parts}
-    keys += list(dict.fromkeys(paths.values()))
+    locate = make_locate(model)
+    narrow = {part: locate(part.tensor) for part in before.narrow}
+    keys += [*dict.fromkeys(paths.values()), *narrow.values()]
     numbered = {key: torch.tensor(number) for number, key in enumerate(keys)}
     reverted = revert_weight_conversion(model, dict(numbered))
     names = {keys[int(number)]: name for name, number in reverted.items()}
@@ -187,4 +196,5 @@ def current_descriptor(model: PreTrainedModel, before: Descriptor) -> Descriptor
         )
         prefix = names[f"{path}.left"].removesuffix(".left")
         renewed[name] = replace(stack.description, dtype=DTYPE_NAMES[stack.left.dtype], factors=prefix, slices=slices)
-    return Descriptor(tuple(renewed[stack.name] for stack in before.stacks))
+    shorter = tuple(replace(part, tensor=names[path]) for part, path in narrow.items())
+    return Descriptor(tuple(renewed[stack.name] for stack in before.stacks), shorter)

@@ -1,4 +1,4 @@
-"""Putting factors in place of a model's linear modules, on whatever device the model is; nothing is loaded here."""
+"""Putting factors in place of linear modules and embeddings, on whatever device a model is; nothing is loaded here."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trawl.descriptor import METHOD, Descriptor, stack_id
 from trawl.errors import LoadError, ShapeError
+from trawl.hf.embedding import FactoredEmbedding, embeds
 from trawl.hf.linear import FactoredLinear, FactorStack, Part, make_part, with_neighbours
 
 OUT_AXIS = {nn.Linear: 0, Conv1D: 1}  # the stored axis of each kind of module that is its output
+
+Module = nn.Linear | nn.Embedding  # Conv1D has the same attributes as nn.Linear
 
 Locate = Callable[[str], str]
 """From a tensor's name in the checkpoint to its name in the model's state dict."""
@@ -41,25 +45,28 @@ def install(model: nn.Module, descriptor: Descriptor, locate: Locate = same_name
     for described in descriptor.stacks:
         weight = found[described.slices[0].tensor][1].weight
         stacks[described.name] = FactorStack(described, weight.dtype, weight.device)
-    replacements = _replacements(descriptor, found, stacks)
+    heads = _tied_heads(model, descriptor, found, stacks)
+    replacements = _replacements(descriptor, found, stacks) | heads
     for described in descriptor.stacks:
         path = found[described.slices[0].tensor][0]
         _attach(model, block_of(path, described.factors), described.name, stacks[described.name])
     for path, replacement in replacements.items():
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, replacement.train(model.training))
+    for path in heads:
+        _tied_weights(model).pop(f"{path}.weight")  # by their factors now
     return stacks
 
 
 def _replacements(
-    descriptor: Descriptor, found: Mapping[str, tuple[str, nn.Linear]], stacks: Mapping[str, FactorStack]
+    descriptor: Descriptor, found: Mapping[str, tuple[str, Module]], stacks: Mapping[str, FactorStack]
 ) -> dict[str, FactoredLinear]:
     """Build the modules to put in place, by path."""
     by_parent: dict[str, list[tuple[str, Part]]] = {}
     for tensor, slices in descriptor.slices.items():
         path, module = found[tensor]
         try:
-            made = [make_part(stacks[stack.name], index, OUT_AXIS[type(module)]) for stack, index in slices]
+            made = [make_part(stacks[stack.name], index, _out_axis(module)) for stack, index in slices]
         except ShapeError as e:
             raise LoadError(f"tensor {tensor}: {e}") from e
         by_parent.setdefault(path.rpartition(".")[0], []).extend((tensor, part) for part in made)
@@ -69,12 +76,40 @@ def _replacements(
         for (tensor, _), part in zip(entries, joined, strict=True):
             parts.setdefault(tensor, []).append(part)
     return {
-        path: FactoredLinear(parts[tensor], OUT_AXIS[type(module)], module.bias)
+        path: FactoredEmbedding(parts[tensor][0], module)
+        if isinstance(module, nn.Embedding)
+        else FactoredLinear(parts[tensor], _out_axis(module), module.bias)
         for tensor, (path, module) in found.items()
     }
 
 
-def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate) -> tuple[str, nn.Linear]:
+def _tied_heads(
+    model: nn.Module, descriptor: Descriptor, found: Mapping[str, tuple[str, Module]], stacks: Mapping[str, FactorStack]
+) -> dict[str, FactoredLinear]:
+    """Build the linear modules whose weight is that of an embedding, by path: they multiply by the same factors."""
+    heads = {}
+    for tensor, (path, module) in found.items():
+        targets = [target for target, source in _tied_weights(model).items() if source == f"{path}.weight"]
+        for head in (target.removesuffix(".weight") for target in targets if isinstance(module, nn.Embedding)):
+            stack, index = descriptor.slices[tensor][0]
+            bias = model.get_submodule(head).bias
+            part = make_part(stacks[stack.name], index, 0)
+            heads[head] = FactoredLinear([part], 0, bias, tied=True)  # type: ignore[arg-type]
+    return heads
+
+
+def _tied_weights(model: nn.Module) -> dict[str, str]:
+    """Return transformers' own record of which weight is another one."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return tied
+
+
+def _out_axis(module: Module) -> int:
+    """Return the stored axis of a module's weight that is its output."""
+    return 1 if isinstance(module, nn.Embedding) else OUT_AXIS[type(module)]
+
+
+def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate) -> tuple[str, Module]:
     """Return the path and the module that holds a described tensor; Conv1D has the same attributes as nn.Linear."""
     stack, index = descriptor.slices[tensor][0]
     what = f"stack {stack.name} names tensor {tensor}"
@@ -86,10 +121,10 @@ def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate)
             f"{what}, but {type(model).__name__} has no module {path}; load it with the class that config.json names "
             "under architectures"
         ) from e
-    if leaf != "weight" or type(module) not in OUT_AXIS:
+    if leaf != "weight" or not (type(module) in OUT_AXIS or embeds(module)):
         raise LoadError(
-            f"{what}, which in {type(model).__name__} belongs to a {type(module).__name__} and not to nn.Linear or "
-            "Conv1D; write the checkpoint with --write dense"
+            f"{what}, which in {type(model).__name__} belongs to a {type(module).__name__} and not to nn.Linear, "
+            "Conv1D or nn.Embedding; write the checkpoint with --write dense"
         )
     found, shape = tuple(module.get_parameter(leaf).shape), stack.slices[index].stored_shape
     if found != shape:
@@ -98,10 +133,15 @@ def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate)
 
 
 def block_of(path: str, factors: str) -> str:
-    """Return the block of a module path: up to the number that ends the block in the checkpoint's own naming."""
+    """Return the block of a module path: up to the number that ends the block in the checkpoint's own naming.
+
+    For factors outside the blocks it is the module's parent.
+    """
     count = len(re.findall(r"(?:^|\.)\d+(?=\.)", factors.rpartition(f".{METHOD}.")[0] + "."))
     ends = [number.end() for number in re.finditer(r"(?:^|\.)\d+(?=\.)", path)]
-    if not 0 < count <= len(ends):
+    if not count:
+        return path.rpartition(".")[0]
+    if count > len(ends):
         raise LoadError(f"factors {factors} stand in a numbered block, but module {path} lies in none")
     return path[: ends[count - 1]]
 
@@ -152,6 +192,7 @@ def check_loaded(model: nn.Module, marked: str) -> None:
 
 def multiply_out(model: nn.Module) -> None:
     """Replace every factored module by a dense one of the kind that it stands in for, and drop the factors."""
+    embeddings = any(isinstance(module, FactoredEmbedding) for module in model.modules())
     for path, module in list(model.named_modules()):
         if isinstance(module, FactoredLinear):
             parent, _, name = path.rpartition(".")
@@ -161,17 +202,23 @@ def multiply_out(model: nn.Module) -> None:
         model.get_submodule(group).__delattr__(path.rpartition(".")[2])
         if not list(model.get_submodule(group).children()):
             model.get_submodule(group.rpartition(".")[0]).__delattr__(METHOD)
+    if embeddings and isinstance(model, PreTrainedModel):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights(recompute_mapping=False)
 
 
 def _dense(module: FactoredLinear) -> nn.Module:
     """Return a dense module with the same outputs."""
     with torch.device("meta"):
         dense: nn.Module
-        if module.out_axis == OUT_AXIS[Conv1D]:
+        if isinstance(module, FactoredEmbedding):
+            dense = module.dense()
+        elif module.out_axis == OUT_AXIS[Conv1D]:
             dense = Conv1D(module.out_features, module.in_features)
         else:
             dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
     dense.register_parameter("weight", nn.Parameter(module.weight))
-    dense.register_parameter("bias", module.bias)
+    if not isinstance(dense, nn.Embedding):
+        dense.register_parameter("bias", module.bias)
     dense.train(module.training)
     return dense

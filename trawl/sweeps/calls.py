@@ -1,38 +1,16 @@
-"""Forward calls of modules: standing in front of them, telling them apart, comparing what they leave."""
+"""Forward calls of modules: telling them apart, comparing what they leave."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from trawl.shards import tensor_bytes
-
-Forward = Callable[..., Any]
-
-
-@contextmanager
-def around(module: nn.Module, run: Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Let ``run`` stand in front of a module's forward function."""
-    own, original = vars(module).get("forward"), module.forward
-
-    @wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return run(original, args, kwargs)
-
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
 
 
 def caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Cache]:

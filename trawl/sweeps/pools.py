@@ -33,7 +33,7 @@ class Pool(Protocol):
 
     @property
     def slots(self) -> int:
-        """How many jobs can be under way at once; it may grow."""
+        """How many jobs it takes at once; it may grow."""
 
     def submit(self, job: Job) -> None:
         """Take a job; at most ``slots`` are under way at once."""

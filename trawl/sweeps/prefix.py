@@ -14,41 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from trawl.errors import FamilyError
-from trawl.families import FamilyMatch
-from trawl.sweeps.calls import Forward, around, caches, digest_of_call, leaves, same
+from trawl.models import Forward, around
+from trawl.sweeps.calls import caches, digest_of_call, leaves, same
 
 REFUSALS = (AttributeError, AssertionError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 EXTRAS = ("output_attentions", "output_hidden_states", "output_router_logits")  # what skipped layers do not make
 CHECKED_STARTS = 3
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def find_layers(model: PreTrainedModel, match: FamilyMatch) -> tuple[nn.Module, ...]:
-    """Return a model's layers in order, such as the modules ``model.layers.0``, ``model.layers.1`` and so on.
-
-    Args:
-        model: the model.
-        match: its family, matched on its own state dict, in which names of tensors begin with paths of modules.
-    Raises: FamilyError: the tensors of a layer do not lie in one module with the layer's number.
-    """
-    paths = [(part.layer, part.tensor.split(".")) for part in match.placements]
-    depth = min(len(path) for _, path in paths)
-    numbered = (place for place in range(depth) if all(path[place] == str(layer) for layer, path in paths))
-    place = next(numbered, None)
-    if place is None:
-        raise FamilyError(
-            f"the layer's number is not at one place in names like {match.placements[0].tensor}; "
-            "expected names such as model.layers.0.mlp.up_proj.weight"
-        )
-    names = {layer: ".".join(path[: place + 1]) for layer, path in paths}
-    try:
-        return tuple(model.get_submodule(names[layer]) for layer in range(match.layers))
-    except AttributeError as e:
-        raise FamilyError(
-            f"{type(model).__name__} has no module {names[0]}; expected a match of the model's own state dict"
-        ) from e
 
 
 class _Update(NamedTuple):
@@ -106,7 +79,7 @@ class PrefixCache:
 
     Attributes:
         model: a decoder or an encoder; between recording and replaying only its layers' weights may change.
-        layers: its layers in order, see :func:`find_layers`.
+        layers: its layers in order, see :func:`trawl.models.find_layers`.
         max_memory: bytes to hold, on the model's device. Where the states of all starts do not fit, those are dropped
             that replays miss least; where one state for every call does not fit, later calls are not kept.
         starts: first changed layers that replays will ask for; by default any.

@@ -82,7 +82,12 @@ class RayPool:
 
     @property
     def slots(self) -> int:
-        """How many jobs there is room for now; at least one, for a machine that may come."""
+        """How many jobs are taken at once: one more than workers have room, so that none waits for its next job."""
+        return self._workers + 1
+
+    @property
+    def _workers(self) -> int:
+        """How many workers there is room for now; at least one, for a machine that may come."""
         return max(self.cluster.room, 1)
 
     def submit(self, job: Job) -> None:
@@ -127,7 +132,7 @@ class RayPool:
         """Start workers where there is room for more."""
         import ray  # noqa: PLC0415 (an extra)
 
-        missing = self.slots - len(self._loading) - len(self._idle) - len(self._scoring)
+        missing = self._workers - len(self._loading) - len(self._idle) - len(self._scoring)
         actor = ray.remote(ScoringWorker).options(**self.cluster.needs, max_restarts=0)
         for _ in range(missing):
             worker = actor.remote(self.setup, str(self.folder), self.cluster.threads, self.cluster.folder)
@@ -180,5 +185,6 @@ class RayPool:
             self._waiting.appendleft(job)
             return None
         self._idle.append(worker)
+        self._assign()  # before the asker has dealt with the outcome
         del self._attempts[id(job)]
         return job, outcome

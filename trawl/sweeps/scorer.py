@@ -10,21 +10,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from trawl.evaluation.reading import Readings
 from trawl.evaluation.results import TaskResult
 from trawl.evaluation.runner import run_task
 from trawl.evaluation.subject import Subject, open_subject
 from trawl.factor_library import FactorLibrary
+from trawl.models import find_layers
 from trawl.observers import Observer, silent
 from trawl.planning import Plan, PlannedStack
 from trawl.sweeps.editing import WeightEditor
 from trawl.sweeps.planner import Planner
-from trawl.sweeps.prefix import PrefixCache, find_layers
+from trawl.sweeps.prefix import PrefixCache
 from trawl.sweeps.scores import Scores, gain, score_pieces
 from trawl.sweeps.setup import Setup
 from trawl.sweeps.space import Intervention
 from trawl.sweeps.split import Piece, split_task
 
 Part = Literal["validation", "test"]
+READINGS_SHARE = 0.25  # of the memory for activations: the rest is the base model's
 STOP_ERRORS = 3.0  # standard errors: a trial is stopped for what is surely worse, not for bad luck
 
 
@@ -62,6 +65,7 @@ class Scorer:
     setup: Setup
     folder: Path
     observer: Observer = silent
+    readings: Readings = field(default_factory=Readings, init=False, repr=False)
     _prefixes: dict[Part, tuple[PrefixCache, Scores]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,6 +83,11 @@ class Scorer:
         self.editor = WeightEditor(self.subject.model)
         self.layers = find_layers(self.subject.model, self.editor.match)
 
+    @property
+    def _room(self) -> int:
+        """Bytes for the prompts that a trial has read."""
+        return round(READINGS_SHARE * self.setup.prefix_memory)
+
     @cached_property
     def parts(self) -> dict[Part, list[tuple[Piece, ...]]]:
         """Pieces of each task's two parts."""
@@ -90,8 +99,8 @@ class Scorer:
         """Score the model as it is, and keep its activations for the trials that follow."""
         if part not in self._prefixes:
             self._prefixes.clear()  # one part's activations at a time
-            prefixes = PrefixCache(self.subject.model, self.layers, self.setup.prefix_memory)
-            with prefixes.recording():
+            prefixes = PrefixCache(self.subject.model, self.layers, self.setup.prefix_memory - self._room)
+            with prefixes.recording(), self.readings.kept(self._room):
                 scores = self._score(part, None)[0]
             self._prefixes[part] = prefixes, scores
         return self._prefixes[part][1]
@@ -112,7 +121,7 @@ class Scorer:
         if not interventions:
             return Outcome(base)
         with self._applied(interventions) as (stacks, first):
-            with self._prefixes[part][0].replaying(first):
+            with self._prefixes[part][0].replaying(first), self.readings.kept(self._room):
                 scores, stopped = self._score(part, base if may_stop else None)
             details = tuple(stacks)
         before = sum(item["before"] for item in details)
@@ -161,11 +170,7 @@ class Scorer:
             for own, found in zip(pieces, results, strict=True):
                 if number < len(own):
                     piece = own[number]
-                    found.append(
-                        run_task(
-                            self.subject, piece.task, limit=piece.limit, context=None, stride=None, observer=silent
-                        )
-                    )
+                    found.append(run_task(self.subject, piece.task, limit=piece.limit, readings=self.readings))
             scores = Scores(tuple(score_pieces(found) for found in results))
             if base is not None and number < rounds - 1 and self._hopeless(scores, base):
                 return scores, True

@@ -39,7 +39,7 @@ class Setup:
         dtype: to load the model in.
         device: where to evaluate.
         batch_tokens: padded tokens in one batch.
-        prefix_memory: bytes for the base model's activations, which trials start from.
+        prefix_memory: bytes for the base model's activations, which trials start from, and for a trial's own.
     """
 
     model: str

@@ -35,7 +35,7 @@ class Parts:
     """A task's two parts; validation in pieces, the first of which may end a trial.
 
     Attributes:
-        validation: pieces in the order of their cost; the first may end a trial, the last may be the greedy answers.
+        validation: pieces in the order of their cost; the first may end a trial, greedy answers come last.
         test: one piece.
     """
 
@@ -60,8 +60,9 @@ def split_task(task: Task, fraction: float, seed: int, limit: int | None) -> Par
             raise PlanError(f"task {task.spec}: lm-eval scores a task whole; sweep over qa:, choice:, pairs: or ppl:")
         case QATask():
             questions, other_questions = _draw(task.records[:limit], fraction, seed, task.spec)
-            quick = [Piece(replace(task, records=part, answers=False)) for part in _pieces(questions)]
-            slow = [Piece(replace(task, records=questions, losses=False))] if task.answers else []
+            drawn = _pieces(questions)
+            quick = [Piece(replace(task, records=part, answers=False)) for part in drawn]
+            slow = [Piece(replace(task, records=part, losses=False)) for part in drawn] if task.answers else []
             return Parts((*quick, *slow), (Piece(replace(task, records=other_questions)),))
         case ChoiceTask():
             choices, other_choices = _draw(task.records[:limit], fraction, seed, task.spec)

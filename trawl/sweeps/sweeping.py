@@ -4,46 +4,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from trawl.errors import PlanError
 from trawl.observers import Observer, silent
-from trawl.sweeps.composition import Composition, candidates, compose, step_json
+from trawl.sweeps.composition import candidates, compose
+from trawl.sweeps.findings import Composed, Findings
 from trawl.sweeps.planner import Planner
 from trawl.sweeps.pools import Job, LocalPool, Pool, score_all
-from trawl.sweeps.records import (
-    FORMAT_VERSION,
-    OutcomeFiles,
-    check_identity,
-    flat_row,
-    now,
-    read_json,
-    rebuild_commands,
-    trawl_version,
-    write_json,
-    write_table,
-)
+from trawl.sweeps.records import check_identity, flat_row, read_json, write_json, write_table
 from trawl.sweeps.scorer import Outcome, Scorer
-from trawl.sweeps.scores import KEPT, Gain, Scores, figure_name, gain, summarize
+from trawl.sweeps.scores import KEPT, Gain, Scores, gain
 from trawl.sweeps.setup import ORDERS, Setup
-from trawl.sweeps.space import GroupLayers, Intervention, Rank, Space
+from trawl.sweeps.space import GroupLayers, Rank, Space
 from trawl.sweeps.study import TrialQueue, held, open_storage
 
 RECORD_SECONDS = 10.0  # between two writings of results.json
 WAIT_SECONDS = 1.0  # for other processes' trials
-STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "stopped",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +121,7 @@ def sweep(
         dtype: to load the model in; decompositions start from the stored weights.
         device: where to evaluate.
         batch_tokens: padded tokens in one batch.
-        prefix_memory: bytes for the base model's activations.
+        prefix_memory: bytes for the base model's activations, and a trial's.
         ray: ``local``, or the address of a Ray cluster, to spread trials over its workers.
         command: the command line, for the record.
         observer: told of progress, in trials.
@@ -176,7 +158,7 @@ def sweep(
     with held(folder / "study.lock"):
         check_identity(folder, setup.identity(planner.checkpoint.fingerprint, planner.tasks))
     queue = TrialQueue(setup, folder, open_storage(folder, storage), interventions)
-    run = _Run(planner, queue, folder, interventions, notes, command, observer)
+    run = _Run(planner, queue, Findings(planner, queue, notes, command), observer)
     try:
         pool = _pool(setup, folder, ray)
         try:
@@ -206,32 +188,17 @@ class _Run:
 
     planner: Planner
     queue: TrialQueue
-    folder: Path
-    interventions: Sequence[Intervention]
-    notes: tuple[str, ...]
-    command: str
+    known: Findings
     observer: Observer
-    started: str = field(default_factory=now)
     recorded: float = 0.0
-    composition: tuple[str, float, Composition] | None = None
-    summaries: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-
-    @cached_property
-    def files(self) -> OutcomeFiles:
-        """Outcomes that are known."""
-        return OutcomeFiles(self.folder)
-
-    @property
-    def objective(self) -> str:
-        """The objective that decides."""
-        return self.planner.setup.objective
+    composed: Composed | None = None
 
     def outcome(self, pool: Pool, job: Job, name: str) -> Outcome:
         """Return an outcome that is known, or score it and keep it."""
-        known = self.files.read(name, job.part)
+        known = self.known.files.read(name, job.part)
         if known is None:
             known = score_all(pool, [job])[job.key]
-            self.files.write(name, job.part, known)
+            self.known.files.write(name, job.part, known)
         return known
 
     def search(self, pool: Pool) -> None:
@@ -267,12 +234,12 @@ class _Run:
         """Score finished trials again whose outcome is lost."""
         for trial in self.queue.trials():
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
-                job = Job(trial.number, (self._tried()[trial.number],), may_stop=trial.state == TrialState.PRUNED)
+                job = Job(trial.number, (self.known.tried()[trial.number],), may_stop=trial.state == TrialState.PRUNED)
                 self.outcome(pool, job, str(trial.number))
 
     def _finish_trial(self, job: Job, outcome: Outcome, base: Scores) -> None:
         """Keep a trial's outcome, then tell the study."""
-        self.files.write(str(job.key), "validation", outcome)
+        self.known.files.write(str(job.key), "validation", outcome)
         setup = self.planner.setup
         gains = {
             name: gain(outcome.scores, base, name, self.planner.tasks) for name in setup.objectives if name != KEPT
@@ -288,45 +255,31 @@ class _Run:
         total = len(wanted) if self.planner.setup.sampler == "grid" else self.planner.setup.trials
         self.observer("trials", sum(trial.state.is_finished() for trial in wanted), total)
 
-    def gains(self) -> dict[int, Gain]:
-        """Return the gain of every complete trial in the objective that decides."""
-        base = self.files.read("base", "validation")
-        assert base is not None
-        found = {}
-        for trial in self.queue.trials():
-            if trial.state == TrialState.COMPLETE:
-                outcome = self.files.read(str(trial.number), "validation")
-                assert outcome is not None
-                own = gain(outcome.scores, base.scores, self.objective, self.planner.tasks)
-                assert own is not None
-                found[trial.number] = own
-        return found
-
     def finish(self, pool: Pool, *, most: int, order: str, noise: float) -> None:
         """Compose, then score the test part of what was chosen."""
         self.record("searching", force=True)
-        gains = self.gains()
-        best = max(gains, key=lambda number: (gains[number].gain, -number), default=None)
+        gains = self.known.gains()
+        best = self.known.best(gains)
         if best is not None and most:
             self._compose(pool, best, gains, most=most, order=order, noise=noise)
         self.record("testing", force=True)
         jobs = {"base": Job(-1, (), "test")}
-        for number in dict.fromkeys([*([] if best is None else [best]), *self._best_of_layer(gains).values()]):
-            jobs[str(number)] = Job(number, (self._tried()[number],), "test")
-        if self.composition is not None:
-            trials = self.composition[2].trials
-            jobs["-".join(map(str, trials))] = Job(-2, tuple(self._tried()[n] for n in trials), "test")
+        for number in dict.fromkeys([*([] if best is None else [best]), *self.known.best_of_layer(gains).values()]):
+            jobs[str(number)] = Job(number, (self.known.tried()[number],), "test")
+        if self.composed is not None:
+            trials = self.composed.composition.trials
+            jobs["-".join(map(str, trials))] = Job(-2, tuple(self.known.tried()[n] for n in trials), "test")
         self._test(pool, jobs)
         self.record("complete", force=True)
 
     def _test(self, pool: Pool, jobs: Mapping[str, Job]) -> None:
         """Score what is not known yet, as many at once as the pool takes."""
-        names = {job.key: name for name, job in jobs.items() if self.files.read(name, job.part) is None}
+        names = {job.key: name for name, job in jobs.items() if self.known.files.read(name, job.part) is None}
         done = len(jobs) - len(names)
 
         def keep(job: Job, outcome: Outcome) -> None:
             nonlocal done
-            self.files.write(names[job.key], job.part, outcome)
+            self.known.files.write(names[job.key], job.part, outcome)
             done += 1
             self.observer("test part", done, len(jobs))
 
@@ -337,17 +290,17 @@ class _Run:
         self, pool: Pool, best: int, gains: Mapping[int, Gain], *, most: int, order: str, noise: float
     ) -> None:
         """Build on the winner."""
-        tried = self._tried()
-        start = self.files.read(str(best), "validation")
+        tried = self.known.tried()
+        start = self.known.files.read(str(best), "validation")
         assert start is not None
-        ranked = candidates(best, gains, tried, self._layers, order)
+        ranked = candidates(best, gains, tried, self.known.layers, order)
 
         def score(numbers: tuple[int, ...]) -> Outcome:
             self.observer("composing", ranked.index(numbers[-1]), len(ranked))
             job = Job(-2, tuple(tried[n] for n in numbers), may_stop=True)
             return self.outcome(pool, job, "-".join(map(str, numbers)))
 
-        self.composition = (
+        self.composed = Composed(
             order,
             noise,
             compose(
@@ -356,182 +309,20 @@ class _Run:
                 ranked,
                 most=most,
                 noise=noise,
-                objective=self.objective,
+                objective=self.known.objective,
                 tasks=self.planner.tasks,
                 overlaps=lambda members, number: any(
-                    self._slices(tried[number]) & self._slices(tried[other]) for other in members
+                    self.known.slices(tried[number]) & self.known.slices(tried[other]) for other in members
                 ),
                 score=score,
             ),
         )
-
-    def _tried(self) -> dict[int, Intervention]:
-        """Return what each trial tries."""
-        return {
-            trial.number: Intervention.from_json(trial.user_attrs["intervention"])
-            for trial in self.queue.trials()
-            if "intervention" in trial.user_attrs
-        }
-
-    def _layers(self, intervention: Intervention) -> tuple[int, ...]:
-        plan = self.planner.plan(intervention)
-        return tuple(sorted({layer for item in plan.stacks for layer in item.stack.layers}))
-
-    def _slices(self, intervention: Intervention) -> set[tuple[int, str]]:
-        """Return the matrices that an intervention changes."""
-        plan = self.planner.plan(intervention)
-        return {(part.layer, part.role) for item in plan.stacks for part in item.stack.slices}
-
-    def _best_of_layer(self, gains: Mapping[int, Gain]) -> dict[str, int]:
-        """Return the best trial of every single layer."""
-        tried = self._tried()
-        best: dict[str, int] = {}
-        for number, found in gains.items():
-            layer = tried[number].layers
-            if layer.isdigit() and (layer not in best or found.gain > gains[best[layer]].gain):
-                best[layer] = number
-        return dict(sorted(best.items(), key=lambda item: int(item[0])))
 
     def record(self, state: str, *, force: bool = False) -> None:
         """Write results.json and trials.csv, now and then or at once."""
         if not force and time.monotonic() - self.recorded < RECORD_SECONDS:
             return
         self.recorded = time.monotonic()
-        results = self._results(state)
-        write_json(self.folder / "results.json", results)
-        write_table(self.folder / "trials.csv", [flat_row(trial) for trial in results["trials"]])
-
-    def _results(self, state: str) -> dict[str, Any]:
-        """Return everything that is known, as results.json holds it."""
-        setup, tasks = self.planner.setup, self.planner.tasks
-        base = {part: self.files.read("base", part) for part in ("validation", "test")}
-        summaries = {part: self._summarizer(found) for part, found in base.items()}
-        trials = [
-            self._trial(trial, summaries)
-            for trial in self.queue.trials()
-            if "intervention" in trial.user_attrs or trial.state in (TrialState.WAITING, TrialState.RUNNING)
-        ]
-        trials = [trial for trial in trials if trial is not None]
-        gains = self.gains()
-        best = max(gains, key=lambda number: (gains[number].gain, -number), default=None)
-        winner = [] if best is None else [best]
-        if self.composition is not None:
-            winner = list(self.composition[2].trials)
-        options = {
-            "libraries": {method: self.planner.library_folder(method) for method in setup.space.methods},
-            "seed": setup.seed,
-            "n_iter_max": setup.n_iter_max,
-            "tol": setup.tol,
-        }
-        tried = self._tried()
-        scored = base["validation"].scores.tasks if base["validation"] else ()
-        tested = base["test"].scores.tasks if base["test"] else (None,) * len(tasks)
-        return {
-            "format_version": FORMAT_VERSION,
-            "trawl": trawl_version(),
-            "model": setup.model,
-            "source": self.planner.checkpoint.fingerprint,
-            "family": self.planner.match.family,
-            "layers": self.planner.match.layers,
-            "parameters": self.planner.checkpoint.parameters,
-            "command": self.command,
-            "seed": setup.seed,
-            "started": self.started,
-            "updated": now(),
-            "state": state,
-            "sampler": setup.sampler,
-            "objectives": list(setup.objectives),
-            "left_out": list(self.notes),
-            "tasks": [
-                {
-                    "task": task.spec,
-                    "kind": task.kind,
-                    "accuracy": figure_name("accuracy", task),
-                    "log_loss": figure_name("log_loss", task),
-                    "validation": len(own.weights),
-                    "test": None if other is None else len(other.weights),
-                    "overlong": own.overlong,
-                }
-                for task, own, other in zip(tasks, scored, tested, strict=True)
-            ],
-            "base": {part: summaries[part]("base", part) for part in ("validation", "test")},
-            "trials": trials,
-            "best": best,
-            "best_of_layer": self._best_of_layer(gains),
-            "front": self._front(),
-            "composition": self._composition(summaries),
-            "commands": rebuild_commands(setup.model, [tried[n] for n in winner], self.folder, options),
-        }
-
-    def _summarizer(self, base: Outcome | None) -> Callable[[str, Any], dict[str, Any] | None]:
-        """Return a function that summarizes an outcome by name, against a base."""
-
-        def summary(name: str, part: Any) -> dict[str, Any] | None:
-            found = self.files.read(name, part)
-            if base is None or found is None:
-                return None
-            if (name, part) not in self.summaries:
-                self.summaries[name, part] = summarize(
-                    found.scores, base.scores, self.planner.setup.objectives, self.planner.tasks
-                )
-            return self.summaries[name, part]
-
-        return summary
-
-    def _trial(self, trial: FrozenTrial, summaries: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return one trial as results.json holds it."""
-        value = trial.user_attrs.get("intervention")
-        if value is None:
-            waiting = self.queue.intervention(trial)
-            if waiting is None:
-                return None
-            value = waiting.to_json()
-        known = self.files.read(str(trial.number), "validation") if trial.state.is_finished() else None
-        if trial.state == TrialState.FAIL and "error" not in trial.user_attrs:
-            return None  # given back, or a repetition
-        return {
-            "number": trial.number,
-            **value,
-            "state": STATES[trial.state],
-            "error": trial.user_attrs.get("error"),
-            "stacks": [] if known is None else list(known.stacks),
-            "kept": None if known is None else known.kept,
-            "kept_targeted": None if known is None else known.kept_targeted,
-            "seconds": None if known is None else round(known.seconds, 3),
-            "validation": None if known is None else summaries["validation"](str(trial.number), "validation"),
-            "test": summaries["test"](str(trial.number), "test"),
-        }
-
-    def _front(self) -> list[int]:
-        """Return the complete trials that no other beats in gain and in kept parameters."""
-        gains = self.gains()
-        points = []
-        for number, found in gains.items():
-            outcome = self.files.read(str(number), "validation")
-            assert outcome is not None
-            points.append((outcome.kept, -found.gain, number))
-        front, least = [], float("inf")
-        for _, loss, number in sorted(points):
-            if loss < least:
-                least = loss
-                front.append(number)
-        return front
-
-    def _composition(self, summaries: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the composition as results.json holds it."""
-        if self.composition is None:
-            return None
-        order, noise, found = self.composition
-        name = "-".join(map(str, found.trials))
-        members, steps = found.trials[:1], []
-        for step in found.steps:
-            tried = (*members, step.trial)
-            steps.append(step_json(step, summaries["validation"]("-".join(map(str, tried)), "validation"), noise))
-            members = tried if step.kept else members
-        return {
-            "order": order,
-            "steps": steps,
-            "trials": list(found.trials),
-            "validation": summaries["validation"](name, "validation"),
-            "test": summaries["test"](name, "test"),
-        }
+        results = self.known.document(state, self.composed)
+        write_json(self.planner.folder / "results.json", results)
+        write_table(self.planner.folder / "trials.csv", [flat_row(trial) for trial in results["trials"]])

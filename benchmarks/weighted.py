@@ -1,0 +1,160 @@
+"""Weighted decompositions against plain ones of the same ranks: every stack's weighted error, and perplexity.
+
+    python benchmarks/weighted.py MODEL --calibrate train.txt --text valid.txt --method svd --keep 0.8
+    python benchmarks/weighted.py MODEL --moments FOLDER --text valid.txt --method tucker --rank 64 --alone
+
+Plain and weighted factors go into the same loaded model in turn: all stacks at once and, with ``--alone``, each stack
+by itself. The weighted error is the one that is minimized, relative to the outputs' size. Exits with 1 where plain
+factors are better at anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+import trawl
+from trawl.calibration import Moments, make_moments, open_moments
+from trawl.calibration.weights import stack_weights
+from trawl.decompose import Method
+from trawl.decompose.weighing import measured
+from trawl.factors import Factors
+from trawl.hub import open_checkpoint
+from trawl.planning import PlannedStack
+from trawl.stacking import StoredSlices
+from trawl.sweeps.editing import WeightEditor
+
+KINDS = ("plain", "weighted")
+CHARACTERS = 8 * 1024  # of text that hold 1024 tokens, and more
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A loaded model whose weights are exchanged, and the text that scores it."""
+
+    editor: WeightEditor
+    tokenizer: object
+    text: Path
+    windows: int  # of 1024 tokens
+
+    def perplexity(self, stacks: Sequence[PlannedStack], factors: Mapping[str, Factors]) -> float:
+        """Return the model's perplexity with stacks replaced by their factors."""
+        with self.editor.applied(stacks, lambda item: factors[item.stack.name]):
+            (result,) = trawl.evaluate(
+                self.editor.model,
+                f"ppl:{self.text}",
+                tokenizer=self.tokenizer,
+                limit=self.windows,
+                context=1024,
+                stride=1024,
+            )
+        return result.figure("perplexity").value
+
+
+def ranked(method: Method, shape: tuple[int, int, int], keep: float | None) -> Method:
+    """Return the method at the rank that keeps a share of each matrix's entries, or as it is."""
+    if keep is None:
+        return method
+    return replace(method, rank=int(keep * shape[1] * shape[2] / (shape[1] + shape[2])))  # type: ignore[type-var]
+
+
+def decomposed(
+    editor: WeightEditor, moments: Moments, item: PlannedStack, method: Method
+) -> tuple[dict[str, Factors], dict[str, float]]:
+    """Return plain and weighted factors, with both errors, and their seconds."""
+    source = StoredSlices(editor.checkpoint, item.stack, editor.absmax(item.stack), torch.device("cpu"))
+    weights = stack_weights(moments, item.stack)
+    found, seconds = {}, {}
+    for kind, given in zip(KINDS, (None, weights), strict=True):
+        started = time.perf_counter()
+        found[kind] = method.decompose(source, weights=given)
+        seconds[kind] = time.perf_counter() - started
+    found["plain"] = measured(source, found["plain"], weights)
+    return found, seconds
+
+
+def load_moments(options: argparse.Namespace, scratch: Path) -> Moments:
+    """Open the folder of moments, or make one."""
+    checkpoint = open_checkpoint(str(options.model), None)
+    match = trawl.planning.match_checkpoint(checkpoint)
+    source = open_moments(checkpoint, match, options.calibrate, folder=options.moments)
+    if source is None:
+        raise SystemExit("give --calibrate TEXT or --moments FOLDER")
+    moments = make_moments(source, options.moments or scratch)
+    assert moments is not None
+    return moments
+
+
+def compare(subject: Subject, moments: Moments, recipe: trawl.Recipe, options: argparse.Namespace) -> bool:
+    """Print the tables; return whether weighted factors are better everywhere."""
+    planned = subject.editor.plan(recipe)
+    factors: dict[str, dict[str, Factors]] = {kind: {} for kind in KINDS}
+    columns = ["stack", "shape", "rank", "relative error", "weighted error", "ratio", "seconds"]
+    table = Table(*columns, *(["perplexity alone"] if options.alone else []))
+    better = True
+    for item in planned.stacks:
+        method = ranked(planned.method, item.stack.shape, options.keep)
+        found, seconds = decomposed(subject.editor, moments, item, method)
+        plain, weighted = (found[kind].weighted_error or 0.0 for kind in KINDS)
+        better &= weighted < plain
+        cells = [f"{found[kind].relative_error:.4f}" for kind in KINDS], [f"{plain:.4f}", f"{weighted:.4f}"]
+        row = [item.stack.name, str(item.stack.shape), str(found["plain"].rank[2]), *map(" / ".join, cells)]
+        row += [f"{weighted / plain:.3f}", " / ".join(f"{seconds[kind]:.2f}" for kind in KINDS)]
+        for kind in KINDS:
+            factors[kind][item.stack.name] = found[kind]
+        if options.alone:
+            scores = [subject.perplexity([item], factors[kind]) for kind in KINDS]
+            better &= scores[1] < scores[0]
+            row.append(f"{scores[0]:.2f} / {scores[1]:.2f}")
+        table.add_row(*row)
+    dense = subject.perplexity([], {})
+    scores = [subject.perplexity(planned.stacks, factors[kind]) for kind in KINDS]
+    Console(width=160).print(table)
+    print(f"perplexity: dense {dense:.2f}, all stacks plain {scores[0]:.2f}, weighted {scores[1]:.2f}")
+    return better and scores[1] < scores[0]
+
+
+def main() -> None:
+    """Compare, and exit with 1 where plain factors are better."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True, help="scored by perplexity")
+    parser.add_argument("--calibrate", help="text to take moments on")
+    parser.add_argument("--moments", type=Path, help="folder that has them, or is to keep them")
+    parser.add_argument("--method", choices=("svd", "tucker", "cp"), default="svd")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--keep", type=float, help="share of each matrix's entries that its rank keeps (svd)")
+    parser.add_argument("--layers", default="all")
+    parser.add_argument("--roles", default="all")
+    parser.add_argument("--group-layers", default="1")
+    parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, to score")
+    parser.add_argument("--alone", action="store_true", help="score each stack by itself too")
+    parser.add_argument("--dtype", default="float32")
+    options = parser.parse_args()
+    recipe = trawl.Recipe(
+        method=options.method,
+        rank=options.rank,
+        layers=options.layers,
+        roles=options.roles,
+        group_layers=options.group_layers if options.group_layers == "all" else int(options.group_layers),
+    )
+    editor = WeightEditor(trawl.load(options.model, dtype=options.dtype))
+    with TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text.txt"  # short, as it is tokenized for each score
+        text.write_text(options.text.read_text(encoding="utf-8")[: options.windows * CHARACTERS], encoding="utf-8")
+        subject = Subject(editor, AutoTokenizer.from_pretrained(options.model), text, options.windows)
+        better = compare(subject, load_moments(options, Path(scratch) / "moments"), recipe, options)
+    raise SystemExit(0 if better else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Compression whose error is weighed by gradients too: made, kept, reused and refused."""
+
+import json
+
+import pytest
+
+import trawl
+from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fixtures)
+from tests.integration.test_compress import weights_hash
+from trawl.errors import PlanError
+
+
+def recipe(kind, **options):
+    return trawl.Recipe(method="svd", rank=4, roles="fc", output_weighting=kind, **options)
+
+
+def test_gradients_are_added_to_moments_that_are_there_and_reused(model, text, tmp_path):  # noqa: F811
+    kept = tmp_path / "moments"
+    inputs = trawl.compress(model, recipe("none"), tmp_path / "a", calibrate=text, calibration_tokens=512, moments=kept)
+    files = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    with pytest.raises(PlanError, match="none of gradients, which output weighting 'kronecker' needs"):
+        trawl.compress(model, recipe("kronecker"), tmp_path / "b", moments=kept)
+    both = trawl.compress(
+        model, recipe("kronecker"), tmp_path / "b", calibrate=text, calibration_tokens=512, moments=kept
+    )
+    assert files.items() < {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}.items()
+    assert not (kept / "hidden").exists()
+    trawl.compress(model, recipe("kronecker"), tmp_path / "c", moments=kept)
+    assert weights_hash(tmp_path / "b") == weights_hash(tmp_path / "c") != weights_hash(tmp_path / "a")
+    assert all(
+        one.weighted_error != other.weighted_error for one, other in zip(inputs.stacks, both.stacks, strict=True)
+    )
+    record = json.loads((tmp_path / "c" / "trawl.json").read_text())
+    assert record["calibration"]["output_weighting"] == "kronecker"
+    assert "gradients by what it gives (kronecker)" in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_fisher_rows_as_typed_with_shared_factors(cli, model, text, tmp_path):  # noqa: F811
+    options = ("--method", "svd", "--rank", 4, "--share", "input", "--output-weighting", "fisher")
+    calibration = ("--calibrate", text, "--calibration-tokens", 512)
+    code, out, err = cli("plan", model, *options, *calibration)
+    assert code == 0, err
+    assert "weighed by moments and gradients (fisher)" in out
+    code, _, err = cli("compress", model, *options, *calibration, "-o", tmp_path / "out")
+    assert code == 0, err
+    code, _, err = cli("compress", model, *options, "-o", tmp_path / "b")
+    assert code == 2
+    assert "takes gradients on a text; give it with --calibrate TEXT" in err
+    with pytest.raises(PlanError, match="leave --output-weighting out"):
+        trawl.Recipe(method="narrow", width=16, output_weighting="fisher")

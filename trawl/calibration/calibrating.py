@@ -1,0 +1,253 @@
+"""Where a run's moments come from: a text, a folder, or a text whose moments a folder keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trawl.calibration.moments import RECORD, Identity, Moments, write_record
+from trawl.calibration.outputs import write_output_record
+from trawl.calibration.text import RANDOM_TOKENS, Text, cut_windows, read_text
+from trawl.checkpoint import Checkpoint
+from trawl.errors import LoadError, PlanError
+from trawl.families import ATTENTION, FamilyMatch
+from trawl.observers import Observer, silent
+from trawl.recipe import OutputWeighting
+from trawl.stacking import READ_INNER
+from trawl.tokens import encode_plain, position_limit, prefix_tokens
+
+WINDOW = 1024
+DEFAULT_TOKENS = 128 * WINDOW
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A text that a model is to be calibrated on.
+
+    Attributes:
+        checkpoint: the model; dense.
+        match: its family.
+        text: the text.
+        tokens: to run through the model, at most.
+        device: where to compute.
+        output_weighting: which moments of gradients are made beside those of the inputs.
+    """
+
+    checkpoint: Checkpoint
+    match: FamilyMatch
+    text: Text
+    tokens: int
+    device: torch.device
+    output_weighting: OutputWeighting = "none"
+
+    @cached_property
+    def chain(self) -> Any:
+        """The model as a chain of blocks, a :class:`trawl.calibration.streaming.BlockChain`."""
+        from trawl.calibration.streaming import open_chain  # noqa: PLC0415 (transformers' model code: a second)
+
+        return open_chain(self.checkpoint, self.match, self.device)
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        """Token ids, (windows, length); of random tokens each is drawn evenly from the vocabulary, by a fixed seed.
+
+        Raises: PlanError: the text is too short, or the tokenizer is of another model. LoadError: there is none.
+        """
+        model = self.chain.model
+        if self.text is RANDOM_TOKENS:
+            length = min(WINDOW, self.tokens, position_limit(model, None) or WINDOW)
+            vocabulary = model.get_input_embeddings().weight.shape[0]
+            return torch.randint(
+                vocabulary, (self.tokens // length, length), generator=torch.Generator().manual_seed(0)
+            )
+        tokenizer = _load_tokenizer(self.checkpoint)
+        length = min(WINDOW, self.tokens, position_limit(model, tokenizer) or WINDOW)
+        ids = encode_plain(tokenizer, self.text.text, model.get_input_embeddings().weight.shape[0])
+        return cut_windows(ids, prefix_tokens(tokenizer), length, self.tokens // length, self.text.name)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the moments will depend on."""
+        digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+        text = self.text
+        return Identity(self.checkpoint.fingerprint, text.name, text.sha256, digest, *self.windows.shape)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the moments will depend on, as they will say themselves."""
+        return self.identity.fingerprint
+
+    @property
+    def nbytes(self) -> int:
+        """About how much disk the moments will take, with what lies beside them while they are made."""
+        inputs = 4 * sum(width**2 for width in self._widths.values())
+        if self.output_weighting == "none":
+            return inputs
+        parts = self.match.placements
+        widths = (part.shape[part.role in READ_INNER] for part in parts)
+        outputs = sum(width**2 if self.output_weighting == "kronecker" else width for width in widths)
+        return inputs + 4 * (outputs + self.match.layers * self.tokens * parts[0].shape[1])
+
+    @property
+    def memory(self) -> int:
+        """About how much of its own memory the pass takes: a block, its moments, and all hidden states twice."""
+        parts = [part for part in self.match.placements if part.layer == 0]
+        block = sum(math.prod(part.shape) for part in parts)
+        moments = sum(width**2 for (layer, *_), width in self._widths.items() if layer == 0)
+        return 4 * (block + 2 * moments + 2 * self.tokens * parts[0].shape[1])
+
+    @property
+    def _widths(self) -> dict[tuple[int, str, bool], int]:
+        """Width of every input: of attention and FC, from the residual stream and from the inner side."""
+        return {
+            (part.layer, "attn" if part.role in ATTENTION else "fc", inner): part.shape[0 if inner else 1]
+            for part in self.match.placements
+            for inner in (part.role in READ_INNER,)
+        }
+
+    def __str__(self) -> str:
+        """Say what will be done, for a plan."""
+        kinds = "" if self.output_weighting == "none" else f" and gradients ({self.output_weighting})"
+        return (
+            f"the error is weighed by moments{kinds} of up to {self.tokens:,} tokens of {self.text.name}: about "
+            f"{self.nbytes / 1e9:.1f} GB of work files, and {self.memory / 1e9:.1f} GB of memory while they are made"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a record of a run says of the text."""
+        return {**asdict(self.identity), "fingerprint": self.fingerprint, "tokens": self.windows.numel()}
+
+    def check(self, folder: Path | None) -> None:
+        """Raise PlanError for a folder that keeps other moments than these, or a model that has none of the kind."""
+        if self.output_weighting != "none":
+            from trawl.calibration.gradients import check_causal  # noqa: PLC0415 (transformers' model code: a second)
+
+            check_causal(self.chain.model)
+        if (
+            folder
+            and (folder / RECORD).exists()
+            and (difference := Moments.read(folder).identity.difference(self.identity))
+        ):
+            raise PlanError(
+                f"{folder} holds moments of {difference}; leave --calibrate out to use them as they are, or give "
+                "another --moments folder"
+            )
+
+    def make(self, folder: Path, observer: Observer = silent) -> Moments:
+        """Return the moments, making them in a folder unless they are there.
+
+        Args:
+            folder: made if absent; moments of anything else that it keeps are replaced.
+            observer: told of progress.
+        Raises: CheckpointError: NaN or Inf comes up. PlanError: the model cannot be run block by block.
+        Cost: as :func:`trawl.calibration.gathering.gather`, and with output weighting as
+            :func:`trawl.calibration.gradients.gather_gradients` too.
+        """
+        moments = self._make_inputs(folder, observer)
+        return moments if self.output_weighting == "none" else self._make_outputs(folder, observer)
+
+    def _make_outputs(self, folder: Path, observer: Observer) -> Moments:
+        """Return moments whose inputs are there, making those of gradients unless they are there too."""
+        from trawl.calibration.gradients import gather_gradients  # noqa: PLC0415 (likewise)
+
+        kind = self.output_weighting
+        try:
+            return Moments.open(folder, self.checkpoint, kind)
+        except (PlanError, LoadError):
+            pass  # none, of another text, or damaged: made anew
+        (folder / f"{kind}.json").unlink(missing_ok=True)
+        blocks = gather_gradients(self.chain, self.windows, self.match.placements, folder, kind, observer=observer)
+        write_output_record(folder, kind, asdict(self.identity), blocks)
+        return Moments.open(folder, self.checkpoint, kind)
+
+    def _make_inputs(self, folder: Path, observer: Observer) -> Moments:
+        """Return the moments of the inputs, making them unless they are there."""
+        from trawl.calibration.gathering import gather  # noqa: PLC0415 (transformers' model code: a second)
+
+        try:
+            there = Moments.read(folder)
+            if not there.identity.difference(self.identity):
+                return there
+        except (PlanError, LoadError):
+            pass  # none, or unusable: made anew
+        (folder / RECORD).unlink(missing_ok=True)
+        write_record(folder, self.identity, *gather(self.chain, self.windows, folder, observer))
+        return Moments.open(folder, self.checkpoint)
+
+
+def open_moments(
+    checkpoint: Checkpoint,
+    match: FamilyMatch,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    *,
+    folder: Path | None = None,
+    device: torch.device = CPU,
+    output_weighting: OutputWeighting = "none",
+) -> Calibration | Moments | None:
+    """Find out where a run's moments come from, as far as that is cheap.
+
+    Args:
+        checkpoint: the model.
+        match: its family.
+        text: ``FILE.txt``, ``FILE.jsonl`` or ``hub:DATASET/SPLIT/FIELD``, see :func:`trawl.calibration.text.read_text`.
+        tokens: of the text, at most.
+        folder: that keeps moments.
+        device: where to compute.
+        output_weighting: which moments of gradients are wanted beside those of the inputs.
+    Returns: a text to calibrate on, or the moments of a folder where no text is given; None where neither is.
+    Raises: PlanError: there is no such text or folder, it is empty, binary or too short, or the folder keeps moments of
+        something else. LoadError: the folder is damaged.
+    Cost: tokenises the text; reads no weight but for the model's fingerprint.
+    """
+    if text is None and folder is None and output_weighting != "none":
+        raise PlanError(
+            f"output weighting {output_weighting!r} takes gradients on a text; give it with --calibrate TEXT, or "
+            "--moments with a folder that has them"
+        )
+    if text is None:
+        return Moments.open(folder, checkpoint, output_weighting) if folder else None
+    if tokens < 1:
+        raise PlanError(f"calibration tokens are {tokens}; expected a number from 1, such as {DEFAULT_TOKENS}")
+    calibration = Calibration(checkpoint, match, read_text(str(text), tokens), tokens, device, output_weighting)
+    calibration.check(folder)
+    return calibration
+
+
+def random_calibration(
+    checkpoint: Checkpoint, match: FamilyMatch, tokens: int = DEFAULT_TOKENS, device: torch.device = CPU
+) -> Calibration:
+    """Return a calibration without data: tokens drawn at random, so that moments come from the weights alone."""
+    return Calibration(checkpoint, match, RANDOM_TOKENS, tokens, device)
+
+
+def make_moments(source: Calibration | Moments | None, folder: Path, observer: Observer = silent) -> Moments | None:
+    """Return moments, running the model over a text first where that is where they come from.
+
+    Args:
+        source: as :func:`open_moments` found it.
+        folder: where to keep what is made.
+        observer: told of progress.
+    """
+    return source.make(folder, observer) if isinstance(source, Calibration) else source
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Load the tokenizer that lies with a checkpoint."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 (a second)
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        reason = " ".join(str(e).split())
+        raise LoadError(
+            f"{checkpoint.origin} has no usable tokenizer, which calibration needs: {reason}; put its tokenizer files "
+            "into the folder, or pass --moments that were made elsewhere"
+        ) from e

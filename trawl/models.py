@@ -1,0 +1,130 @@
+"""Transformers models as modules: their class, an empty one to be filled piece by piece, and their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from trawl.errors import FamilyError, LoadError
+from trawl.families import FamilyMatch
+
+HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+Forward = Callable[..., Any]
+
+
+def model_class(architectures: Any, auto_class: Any = None) -> Any:
+    """Return the class to load a checkpoint with.
+
+    Args:
+        architectures: what config.json says under that name.
+        auto_class: a class, or its name in transformers, to use in place of what config.json says.
+    Raises: LoadError: neither says which, or transformers has no such class.
+    """
+    if auto_class is not None and not isinstance(auto_class, str):
+        return auto_class
+    name = auto_class or (str(architectures[0]) if isinstance(architectures, list) and architectures else None)
+    if name is None:
+        raise LoadError("config.json names no architectures; pass auto_class, such as AutoModelForCausalLM")
+    found = getattr(transformers, name, None)
+    if hasattr(found, "from_pretrained"):
+        return found
+    if auto_class is not None:
+        raise LoadError(f"transformers {transformers.__version__} has no model class {auto_class}")
+    head = next((head for head in HEADS if name.endswith(head)), "")
+    return getattr(
+        transformers, f"AutoModel{head}"
+    )  # an architecture of remote code: its auto_map is on the Auto class
+
+
+def empty_model(folder: Path, config: Mapping[str, Any], device: torch.device) -> PreTrainedModel:
+    """Build a checkpoint's model in evaluation mode with every weight on the meta device.
+
+    Buffers that no checkpoint holds, such as rotary frequencies, are real and filled.
+
+    Args:
+        folder: holds config.json.
+        config: what it says.
+        device: of those buffers.
+    Raises: LoadError: transformers does not know the model.
+    """
+    try:
+        found = model_class(config.get("architectures") or ["AutoModel"])
+        loaded = getattr(found, "config_class", None)
+        described = (loaded or AutoConfig).from_pretrained(folder)
+        with torch.device("meta"):
+            model = found(described) if loaded else found.from_config(described, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        reason = " ".join(str(e).split())
+        raise LoadError(f"transformers {transformers.__version__} cannot build the model of {folder}: {reason}") from e
+    model.set_experts_implementation("eager")  # the one that multiplies expert by expert
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # on the meta device that costs nothing
+    return model.eval()
+
+
+def find_layers(model: PreTrainedModel, match: FamilyMatch) -> tuple[nn.Module, ...]:
+    """Return a model's layers in order, such as the modules ``model.layers.0``, ``model.layers.1`` and so on.
+
+    Args:
+        model: the model.
+        match: its family, matched on its own state dict, in which names of tensors begin with paths of modules.
+    Raises: FamilyError: the tensors of a layer do not lie in one module with the layer's number.
+    """
+    paths = [(part.layer, part.tensor.split(".")) for part in match.placements]
+    depth = min(len(path) for _, path in paths)
+    numbered = (place for place in range(depth) if all(path[place] == str(layer) for layer, path in paths))
+    place = next(numbered, None)
+    if place is None:
+        raise FamilyError(
+            f"the layer's number is not at one place in names like {match.placements[0].tensor}; "
+            "expected names such as model.layers.0.mlp.up_proj.weight"
+        )
+    names = {layer: ".".join(path[: place + 1]) for layer, path in paths}
+    try:
+        return tuple(model.get_submodule(names[layer]) for layer in range(match.layers))
+    except AttributeError as e:
+        raise FamilyError(
+            f"{type(model).__name__} has no module {names[0]}; expected a match of the model's own state dict"
+        ) from e
+
+
+@contextmanager
+def around(module: nn.Module, run: Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Let ``run`` stand in front of a module's forward function."""
+    own, original = vars(module).get("forward"), module.forward
+
+    @wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(original, args, kwargs)
+
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own bar, which standard error of a script or of ``--json`` has no use for."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()

@@ -1,0 +1,162 @@
+"""Which units of a layer's inner side to keep, and the best output matrix on what they compute.
+
+A unit is one neuron of an FC, or the query heads of one key-value group. Selecting units commutes with whatever is done
+to each of them alone, an activation function or attention, so that all matrices around them really shrink.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PANEL = 64  # removals between two full updates
+RIDGE = 1e-3  # of each input's own second moment
+DEAD = 1e-9  # of the mean ridge, for inputs that are always zero
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A least-squares problem: outputs y wanted from inputs a, over all tokens.
+
+    Attributes:
+        second: E[a aᵀ], (n, n), float64.
+        cross: E[a yᵀ], (n, hidden), float64.
+        energy: E‖y‖².
+        stored: the matrix that ridge terms draw the solution to, (n, hidden), float64.
+        ridge: what is added to the diagonal of ``second``, (n,).
+    """
+
+    second: Tensor
+    cross: Tensor
+    energy: float
+    stored: Tensor
+    ridge: Tensor
+
+    def solve(self, kept: Tensor) -> Tensor:
+        """Return the matrix that gives y best from some inputs.
+
+        ``stored_S + (C_SS + Λ_S)⁻¹ (C_Sy − C_SS stored_S)``: exactly ``stored`` where all inputs are kept and y is what
+        ``stored`` makes of them.
+
+        Args:
+            kept: S, ascending (k,).
+        Returns: (k, hidden).
+        Cost: O(k³ + k² hidden).
+        """
+        second, stored = self.second[kept][:, kept], self.stored[kept]
+        missing = self.cross[kept] - second @ stored
+        second.diagonal().add_(self.ridge[kept])
+        return stored + torch.cholesky_solve(missing, torch.linalg.cholesky(second))
+
+    def error(self, kept: Tensor, solution: Tensor) -> float:
+        """Return the relative error of the outputs, √(E‖y − solutionᵀ a_S‖² / E‖y‖²)."""
+        explained = 2 * self.cross[kept] - self.second[kept][:, kept] @ solution
+        left = self.energy - float((solution * explained).sum())
+        return (max(left, 0.0) / self.energy) ** 0.5 if self.energy else 0.0
+
+
+def make_problem(
+    matrix: Tensor, second: Tensor, cross: Tensor | None = None, energy: float | None = None, mean: Tensor | None = None
+) -> Problem:
+    """Put a problem together.
+
+    Args:
+        matrix: the stored output matrix, canonical (n, hidden).
+        second: E[a aᵀ], not centred.
+        cross: E[a yᵀ], where y is another output than ``matrixᵀ a``, such as that of an uncompressed model.
+        energy: E‖y‖², together with ``cross``.
+        mean: E[a], where a bias takes up what the mean changes; the problem is centred then.
+    Returns: the problem in float64.
+    """
+    stored, moment = matrix.double(), second.double()
+    moment = (moment + moment.T) / 2
+    ridge = RIDGE * moment.diagonal()
+    ridge = torch.where(ridge > 0, ridge, DEAD * float(ridge.mean()) or 1.0)
+    if mean is not None:
+        moment = moment - torch.outer(mean.double(), mean.double())
+    if cross is None:
+        cross = moment @ stored
+        energy = float((stored * cross).sum())
+    assert energy is not None
+    return Problem(moment, cross.double(), energy, stored, ridge)
+
+
+def select_units(problem: Problem, keep: int) -> Tensor:
+    """Choose inputs one by one to remove, always the one whose loss, after the others take over, costs least.
+
+    Removing input j of those left costs ``‖B_j‖² / P_jj`` with ``P = (C_SS + Λ)⁻¹`` and B the best matrix; then
+    ``P -= p_j p_jᵀ / P_jj`` and ``B -= p_j B_jᵀ / P_jj``. Both updates are made a panel of removals at a time.
+
+    Args:
+        problem: what is wanted of the inputs.
+        keep: how many stay.
+    Returns: the kept inputs, ascending (keep,).
+    Cost: O(n³ + removed · n (n + hidden)); memory for two (n, n) and one (n, hidden) in float64.
+    Reference: backward elimination; the formula is that of Hassibi & Stork 1992, Optimal Brain Surgeon, for one
+        output, and of SparseGPT, arXiv:2301.00774, for rows of several.
+    """
+    left = torch.arange(len(problem.second))
+    inverse, best = _full_solution(problem)
+    while len(left) > keep:
+        alive = _remove_panel(inverse, best, min(PANEL, len(left) - keep))
+        left, inverse, best = left[alive], inverse[alive][:, alive], best[alive]
+    return left
+
+
+def _full_solution(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return P and B of all inputs."""
+    regular = problem.second.clone()
+    regular.diagonal().add_(problem.ridge)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular))
+    best = problem.stored + inverse @ (problem.cross - problem.second @ problem.stored)
+    return inverse, best
+
+
+def _remove_panel(inverse: Tensor, best: Tensor, count: int) -> Tensor:
+    """Remove some inputs, update P and B of the others in place, and return which are alive."""
+    size, outputs = best.shape
+    diagonal, losses = inverse.diagonal().clone(), best.square().sum(1)
+    columns, rows = inverse.new_zeros(size, count), best.new_zeros(count, outputs)
+    alive = torch.ones(size, dtype=torch.bool)
+    for step in range(count):
+        cost = torch.where(alive & (diagonal > 0), losses / diagonal, torch.inf)
+        chosen = int(cost.argmin())
+        root = diagonal[chosen].sqrt()
+        column = (inverse[chosen] - columns[:, :step] @ columns[chosen, :step]) / root
+        row = (best[chosen] - columns[chosen, :step] @ rows[:step]) / root
+        overlap = best @ row - columns[:, :step] @ (rows[:step] @ row)  # B · row, with B as it stands now
+        losses += column.square() * row.square().sum() - 2 * column * overlap
+        diagonal -= column.square()
+        columns[:, step], rows[step], alive[chosen] = column, row, False
+    inverse.addmm_(columns, columns.T, alpha=-1)
+    best.addmm_(columns, rows, alpha=-1)
+    return alive
+
+
+def select_groups(problem: Problem, groups: int, keep: int) -> Tensor:
+    """Choose groups of neighbouring inputs to keep, removing always the one that costs least.
+
+    Removing group G of those left costs ``tr(B_Gᵀ (P_GG)⁻¹ B_G)``, with P and B as in :func:`select_units`.
+
+    Args:
+        problem: what is wanted of the inputs.
+        groups: how many groups the inputs divide into, each of as many.
+        keep: how many stay.
+    Returns: the kept groups, ascending (keep,).
+    Cost: O(n³ + removed · n² width), with width = n / groups.
+    """
+    left = torch.arange(groups)
+    inverse, best = _full_solution(problem)
+    width = len(best) // groups
+    while len(left) > keep:
+        parts = [slice(number * width, (number + 1) * width) for number in range(len(left))]
+        costs = [float((best[at] * torch.linalg.solve(inverse[at, at], best[at])).sum()) for at in parts]
+        gone = parts[min(range(len(parts)), key=costs.__getitem__)]
+        alive = torch.ones(len(best), dtype=torch.bool)
+        alive[gone] = False
+        share = torch.linalg.solve(inverse[gone, gone], inverse[gone][:, alive]).T  # (rest, width)
+        inverse, best = inverse[alive][:, alive] - share @ inverse[gone][:, alive], best[alive] - share @ best[gone]
+        left = left[alive[::width]]
+    return left

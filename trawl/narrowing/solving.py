@@ -1,0 +1,132 @@
+"""Narrowing one stack, and its sealed file: which units stay, and the matrix that reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from trawl.calibration import Moment
+from trawl.checkpoint import Checkpoint
+from trawl.errors import CheckpointError, LoadError
+from trawl.narrowing.cuts import Cut, bias_of
+from trawl.narrowing.selection import Problem, make_problem, select_groups, select_units
+from trawl.shards import sealed
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowing:
+    """What narrowing one stack came to.
+
+    Attributes:
+        kept: units, ascending.
+        reader: what reads them, canonical (rows, hidden), in the stored dtype.
+        bias: the new bias of the reader's outputs; None where the model has none.
+        relative_error: √(E‖y − ŷ‖² / E‖y‖²) of the reader's outputs, of what is stored here.
+        rounding_error: how far rounding to the stored dtype moved the reader, ‖R − R̂‖ / ‖R‖.
+    """
+
+    kept: Tensor
+    reader: Tensor
+    bias: Tensor | None
+    relative_error: float
+    rounding_error: float
+
+    def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write one sealed file: it appears under ``path`` whole, by rename, or not at all."""
+        header = {
+            "format_version": FORMAT_VERSION,
+            "relative_error": self.relative_error,
+            "rounding_error": self.rounding_error,
+            "metadata": dict(metadata),
+        }
+        tensors = {"kept": self.kept, "reader": self.reader.contiguous()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        with sealed(path) as file:
+            file.write(serialize(tensors, metadata={"trawl": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path: Path) -> Narrowing:
+        """Read a file written by :meth:`save`.
+
+        Raises: LoadError: the file is absent, truncated, or of another kind or format version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["trawl"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            errors = float(header["relative_error"]), float(header["rounding_error"])
+            found = cls(tensors["kept"], tensors["reader"], tensors.get("bias"), *errors)
+        except (OSError, SafetensorError, KeyError, ValueError) as e:
+            raise LoadError(f"{path} is not a readable file of kept units: {e}; delete it and narrow again") from e
+        if header.get("format_version") != FORMAT_VERSION:
+            raise LoadError(
+                f"{path} has format version {header['format_version']!r}; this trawl reads {FORMAT_VERSION}"
+            )
+        return found
+
+
+def narrow_stack(
+    checkpoint: Checkpoint,
+    cut: Cut,
+    moment: Moment,
+    device: torch.device,
+    missed: tuple[Tensor, Tensor] | None = None,
+) -> Narrowing:
+    """Choose the units of one stack that stay, and refit what reads them.
+
+    Args:
+        checkpoint: the source.
+        cut: the stack.
+        moment: of what its reader reads.
+        device: where to compute.
+        missed: E[a dᵀ], (rows, hidden), and E[d] of what the outputs are to be beside what the stored matrix gives.
+    Returns: the result, on the CPU; its errors are of what the stored matrix gives.
+    Raises: CheckpointError: the refitted matrix does not fit the stored dtype.
+    Cost: as :func:`trawl.narrowing.selection.select_units`.
+    """
+    reader = cut.reader
+    stored = checkpoint.read(reader.tensor)
+    bias_name = bias_of(checkpoint, reader.tensor)
+    matrix = reader.view.apply(stored).to(device)
+    mean = moment.mean.to(device) if bias_name else None
+    problem = make_problem(matrix, moment.matrix.to(device), mean=mean)
+    wanted = problem if missed is None else _also_giving(problem, missed, mean)
+    groups = cut.units < reader.shape[0]
+    kept = select_groups(wanted, cut.units, cut.keep) if groups else select_units(wanted, cut.keep)
+    rows = cut.rows(reader, kept.cpu()).to(device)
+    exact = wanted.solve(rows)
+    written = exact.to(stored.dtype)
+    if not torch.isfinite(written).all():
+        raise CheckpointError(
+            f"stack {cut.stack.name}: the refitted {reader.tensor} does not fit its stored dtype {stored.dtype}; keep "
+            "more units, or start from a checkpoint stored in bfloat16 or float32"
+        )
+    bias = None
+    if bias_name:
+        old = checkpoint.read(bias_name)
+        assert mean is not None
+        change = matrix.double().T @ mean - written.double().T @ mean[rows]
+        if missed is not None:
+            change += missed[1].to(device)
+        bias = (old.double() + change.cpu()).to(old.dtype)
+    norm = float(exact.norm())
+    rounding = float((written.double() - exact).norm()) / norm if norm else 0.0
+    error = problem.error(rows, written.double())
+    return Narrowing(kept.cpu(), written.cpu(), bias, error, rounding)
+
+
+def _also_giving(problem: Problem, missed: tuple[Tensor, Tensor], mean: Tensor | None) -> Problem:
+    """Return a problem whose outputs are to be d more; centred, where a bias takes up the mean."""
+    cross, shift = (part.to(problem.cross.device) for part in missed)
+    return replace(problem, cross=problem.cross + cross - (0.0 if mean is None else torch.outer(mean.double(), shift)))
