@@ -25,7 +25,11 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--width", metavar="F|INT|LIST", help="FC width for narrow: share, units, or units of each layer."),
     click.option("--kv-heads", type=int, help="Key-value heads for narrow to keep, with their query heads."),
     click.option("--layers", metavar="20-30,35|all", help="Layers, counted from 0.  [default: all]"),
-    click.option("--roles", metavar="fc|attn|all|LIST", help="Matrices; LIST of q,k,v,o,gate,up,down,embed,lm_head.  [default: all]"),
+    click.option(
+        "--roles",
+        metavar="fc|attn|all|LIST",
+        help="Matrices; LIST of q,k,v,o,gate,up,down,embed,lm_head.  [default: all]",
+    ),
     click.option(
         "--group-layers",
         metavar="all|N",

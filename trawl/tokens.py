@@ -37,9 +37,13 @@ def encode_plain(tokenizer: Any, text: str, vocabulary: int) -> list[int]:
 
 def position_limit(model: Any, tokenizer: Any) -> int | None:
     """Return the most positions that model and tokenizer agree on, None where there is no limit."""
-    limits = [getattr(owner, name, None) for owner, name in (
-        (model.config.get_text_config(), "max_position_embeddings"), (tokenizer, "model_max_length"),
-    )]
+    limits = [
+        getattr(owner, name, None)
+        for owner, name in (
+            (model.config.get_text_config(), "max_position_embeddings"),
+            (tokenizer, "model_max_length"),
+        )
+    ]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa counts from there

@@ -268,7 +268,7 @@ def test_unequal_widths_fail_without_trawl(zoo, tmp_path):
     found = config(tmp_path / "out")
     assert found.pop("quantization_config")["quant_method"] == "trawl"
     (tmp_path / "out" / "config.json").write_text(json.dumps(found))
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         logits("llama", tmp_path / "out")
 
 

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from tests.zoo import INNER
+from trawl.calibration import Moment
+from trawl.checkpoint import open_folder
 from trawl.errors import LoadError
-from trawl.narrowing import Narrowing, selection
+from trawl.narrowing import Narrowing, narrow, narrow_stack, selection
 from trawl.narrowing.cuts import positions, stored_axis
 from trawl.narrowing.selection import make_problem, select_groups, select_units
+from trawl.planning import match_checkpoint
 from trawl.views import View
 
 SIZE, OUTPUTS = 24, 5
@@ -118,6 +122,19 @@ def test_nothing_computed_leaves_the_matrix_as_it_was():
 def test_rows_of_a_slice_are_found_on_its_stored_axis(view, shape, axis, expected):
     assert stored_axis(view) == axis
     assert positions(view, shape).tolist() == expected
+
+
+def test_a_bias_takes_up_what_the_mean_changes(zoo):
+    checkpoint = open_folder(zoo("gpt2"))
+    (cut, *_) = narrow(checkpoint, match_checkpoint(checkpoint), (0, 1, 2), width=16).cuts
+    inputs = torch.randn(400, INNER) + 3 * torch.randn(INNER)
+    found = narrow_stack(checkpoint, cut, Moment(moment(inputs), inputs.double().mean(0), 400), torch.device("cpu"))
+    name = cut.reader.tensor
+    weight, bias = cut.reader.view.apply(checkpoint.read(name)), checkpoint.read(name.replace("weight", "bias"))
+    before, after = inputs @ weight + bias, inputs[:, found.kept] @ found.reader + found.bias
+    torch.testing.assert_close(before.mean(0), after.mean(0), rtol=1e-4, atol=1e-4)
+    spread = (inputs - inputs.mean(0)) @ weight
+    assert found.relative_error == pytest.approx(float((before - after).norm() / spread.norm()), rel=1e-3)
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import replace
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 from tests.strategies import make_stack
 from trawl.decompose import CP, SVD, TensorSlices, Tucker, Weights, decompose
+from trawl.decompose.weighing import measured
 from trawl.decompose.weighted_sweeps import MeanMoment, Preconditioner, conjugate_gradients
 from trawl.decompose.weights import Metric, slice_weights, square_root
 from trawl.errors import PlanError, RankError, ShapeError
 
 checked = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+fewer = settings(checked, max_examples=6)
 MOMENTS = ("white", "spread", "deficient", "dead", "none")
 
 
@@ -111,7 +114,33 @@ def test_full_rank_gives_the_stack_back(case):
     torch.testing.assert_close(found.dense(), x[:1], rtol=0, atol=2e-3 * float(x.abs().max()))
 
 
-@pytest.mark.parametrize("method", [CP(3, tol=1e-9, n_iter_max=400), Tucker(3, tol=1e-10, n_iter_max=400)])
+def mixed_weights(seed):
+    """Weights of three slices as one layer's {gate, down, up} might have them."""
+    both = make_moment("white", 11, seed + 1), make_moment("spread", 11, seed + 2)
+    return Weights((None, make_moment("spread", 14, seed), None), (both[0], None, both[1]))
+
+
+@pytest.mark.parametrize("seed", [0, 3, 28])  # with extrapolations that overshoot
+def test_sweeps_never_raise_the_error(seed, caplog):
+    x = make_stack("random", (3, 14, 11), 3, seed)
+    caplog.set_level(logging.INFO, logger="trawl.decompose")
+    logging.getLogger("trawl.decompose").disabled = False
+    for method in (CP(3, tol=1e-7), Tucker(3, tol=1e-7)):
+        caplog.clear()
+        decompose(x, method, mixed_weights(seed))
+        fits = [record.args[2] for record in caplog.records if "sweep" in record.msg and record.args[0] == "weighted"]
+        assert len(fits) > 5
+        assert all(after >= before - 1e-6 for before, after in itertools.pairwise(fits))
+
+
+def test_rounding_in_sweeps_does_not_spoil_an_exact_start():
+    x = make_stack("ill-conditioned", (3, 14, 11), 3, 4)
+    method, weights = CP(3, tol=1e-7, n_iter_max=60), mixed_weights(4)
+    plain = measured(TensorSlices(x), decompose(x, method), weights)
+    assert decompose(x, method, weights).weighted_error <= plain.weighted_error
+
+
+@pytest.mark.parametrize("method", [CP(3, tol=1e-9, n_iter_max=200), Tucker(3, tol=1e-10, n_iter_max=200)])
 def test_the_gradient_vanishes_at_the_solution(method):
     x = make_stack("random", (3, 14, 11), 3, 0).double()
     inner, hidden = make_moment("white", 14, 1), make_moment("spread", 11, 2)
@@ -134,7 +163,7 @@ def test_the_gradient_vanishes_at_the_solution(method):
     assert all(end < 1e-2 * max(gradients[1]) for end in gradients[0]), gradients
 
 
-@checked
+@fewer
 @given(weighted_stacks(kinds=("white", "spread", "deficient")), st.sampled_from([1e-12, 3.0, 1e12]))
 def test_a_multiple_of_the_moments_changes_nothing(case, factor):
     x, weights, rank = case
@@ -179,6 +208,16 @@ def test_a_larger_svd_is_cut():
     torch.testing.assert_close(cut.dense(), small.dense(), rtol=1e-4, atol=1e-4)
     with pytest.raises(RankError, match="cannot be cut"):
         SVD(7).decompose(TensorSlices(x), large, weights)
+
+
+@pytest.mark.parametrize("method", [SVD(2), CP(2), Tucker(2)])
+def test_a_diagonal_stands_for_the_moment_that_has_no_other_entries(method):
+    x = make_stack("random", (1 if isinstance(method, SVD) else 2, 9, 7), 3, 0)
+    rows = torch.rand(9, dtype=torch.float64)
+    whole, short = (Weights((moment,) * len(x), (None,) * len(x)) for moment in (rows.diag(), rows))
+    found = decompose(x, method, short)
+    torch.testing.assert_close(found.dense(), decompose(x, method, whole).dense(), rtol=1e-4, atol=1e-5)
+    assert found.weighted_error < measured(TensorSlices(x), decompose(x, method), short).weighted_error
 
 
 def test_slices_of_one_moment_share_its_products():

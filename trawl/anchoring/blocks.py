@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trawl.anchoring.drift import Drift, inputs, observe
-from trawl.anchoring.fitting import fit, refit
+from trawl.anchoring.fitting import fit, make_target, refit
 from trawl.calibration import Moment
 from trawl.calibration.moments import expert_of
 from trawl.calibration.streaming import Batch, Block, BlockChain
@@ -114,12 +114,10 @@ class AnchoredBlock:
                 f"the calibration text never passed through {cut.reader.tensor}; give a longer one, or leave layer "
                 f"{self.number} out of --layers"
             )
-        checkpoint, missed = self.planned.checkpoint, (drift.missed.T, drift.missed_mean)
-        if not drift.of_output:
-            matrix = cut.reader.view.apply(checkpoint.read(cut.reader.tensor)).double()
-            missed = missed[0] @ matrix, matrix.T @ missed[1]
-        moment = Moment(drift.seen, drift.seen_mean, drift.tokens)
-        found = narrow_stack(checkpoint, cut, moment, self.chain.device, missed)
+        checkpoint, moment = self.planned.checkpoint, Moment(drift.seen, drift.mean, drift.tokens)
+        matrix = cut.reader.view.apply(checkpoint.read(cut.reader.tensor)).double()
+        target = make_target(matrix, drift, reads_inner=True)
+        found = narrow_stack(checkpoint, cut, moment, self.chain.device, target)
         found.save(self.paths[item.stack.name], {"stack": item.to_json()})
 
     def put(self, roles: Sequence[str]) -> None:

@@ -62,7 +62,7 @@ def _targets(stack: Stack, source: SliceSource, drifts: Sequence[Drift | None]) 
         drifts = drifts[:1]
     inner = [part.role in READ_INNER for part in stack.slices[: len(drifts)]]
     targets = [
-        _target(matrix, drift, reads_inner=reads_inner)
+        make_target(matrix, drift, reads_inner=reads_inner)
         for matrix, drift, reads_inner in zip(source.slices(), drifts, inner, strict=True)
     ]
     seen = [None if drift is None else drift.seen for drift in drifts]
@@ -73,7 +73,7 @@ def _targets(stack: Stack, source: SliceSource, drifts: Sequence[Drift | None]) 
     return torch.stack(targets), weights
 
 
-def _target(matrix: Tensor, drift: Drift | None, *, reads_inner: bool) -> Tensor:
+def make_target(matrix: Tensor, drift: Drift | None, *, reads_inner: bool) -> Tensor:
     """Return W̃ of one matrix (inner, hidden): W x + d, as far as x' tells of it."""
     stored = matrix.double()
     if drift is not None:

@@ -51,11 +51,6 @@ class Weights:
             products.append(math.nan if None in factors else math.prod(factor for factor in factors if factor))
         return all(product == products[0] for product in products)  # NaN is unlike itself
 
-    @property
-    def shared(self) -> bool:
-        """Whether all slices have the same moments."""
-        return all(one is moments[0] for moments in (self.inner, self.hidden) for one in moments)
-
     def swapped(self) -> Weights:
         """Return the weights of the stack with inner and hidden exchanged."""
         return Weights(self.hidden, self.inner)

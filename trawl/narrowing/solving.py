@@ -17,7 +17,7 @@ from trawl.calibration import Moment
 from trawl.checkpoint import Checkpoint
 from trawl.errors import CheckpointError, LoadError
 from trawl.narrowing.cuts import Cut, bias_of
-from trawl.narrowing.selection import Problem, make_problem, select_groups, select_units
+from trawl.narrowing.selection import make_problem, select_groups, select_units
 from trawl.shards import sealed
 
 FORMAT_VERSION = 1
@@ -81,7 +81,7 @@ def narrow_stack(
     cut: Cut,
     moment: Moment,
     device: torch.device,
-    missed: tuple[Tensor, Tensor] | None = None,
+    target: Tensor | None = None,
 ) -> Narrowing:
     """Choose the units of one stack that stay, and refit what reads them.
 
@@ -90,7 +90,7 @@ def narrow_stack(
         cut: the stack.
         moment: of what its reader reads.
         device: where to compute.
-        missed: E[a dᵀ], (rows, hidden), and E[d] of what the outputs are to be beside what the stored matrix gives.
+        target: a matrix (rows, hidden) whose outputs are wanted in place of the stored one's.
     Returns: the result, on the CPU; its errors are of what the stored matrix gives.
     Raises: CheckpointError: the refitted matrix does not fit the stored dtype.
     Cost: as :func:`trawl.narrowing.selection.select_units`.
@@ -101,7 +101,8 @@ def narrow_stack(
     matrix = reader.view.apply(stored).to(device)
     mean = moment.mean.to(device) if bias_name else None
     problem = make_problem(matrix, moment.matrix.to(device), mean=mean)
-    wanted = problem if missed is None else _also_giving(problem, missed, mean)
+    aim = matrix.double() if target is None else target.to(device)
+    wanted = replace(problem, cross=problem.second @ aim)
     groups = cut.units < reader.shape[0]
     kept = select_groups(wanted, cut.units, cut.keep) if groups else select_units(wanted, cut.keep)
     rows = cut.rows(reader, kept.cpu()).to(device)
@@ -116,17 +117,9 @@ def narrow_stack(
     if bias_name:
         old = checkpoint.read(bias_name)
         assert mean is not None
-        change = matrix.double().T @ mean - written.double().T @ mean[rows]
-        if missed is not None:
-            change += missed[1].to(device)
+        change = aim.T @ mean - written.double().T @ mean[rows]
         bias = (old.double() + change.cpu()).to(old.dtype)
     norm = float(exact.norm())
     rounding = float((written.double() - exact).norm()) / norm if norm else 0.0
     error = problem.error(rows, written.double())
     return Narrowing(kept.cpu(), written.cpu(), bias, error, rounding)
-
-
-def _also_giving(problem: Problem, missed: tuple[Tensor, Tensor], mean: Tensor | None) -> Problem:
-    """Return a problem whose outputs are to be d more; centred, where a bias takes up the mean."""
-    cross, shift = (part.to(problem.cross.device) for part in missed)
-    return replace(problem, cross=problem.cross + cross - (0.0 if mean is None else torch.outer(mean.double(), shift)))
