@@ -40,7 +40,9 @@ def seal_stack(
         cut = next(cut for cut in planned.narrowed.cuts if cut.stack.name == item.stack.name)
         moment = planned.moments.input(cut.reader) if planned.moments else None
         assert moment is not None  # no role has experts of its own, so that each reader saw every token
-        narrow_stack(planned.checkpoint, cut, moment, device).save(path, {"stack": item.to_json()})
+        outputs = planned.moments.outputs.matrix(cut.reader) if planned.moments and planned.moments.outputs else None
+        found = narrow_stack(planned.checkpoint, cut, moment, device, outputs=outputs)
+        found.save(path, {"stack": item.to_json()})
         return time.perf_counter() - started
     count = slice_counter(f"decomposing {item.stack.name}", observer)
     source = StoredSlices(planned.checkpoint, item.stack, absmax, device, count, max_memory)

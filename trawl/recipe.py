@@ -102,11 +102,6 @@ class Recipe(BaseModel):
             raise PlanError(f"{given[0]} goes with method narrow, and the method is {self.method}; pass --rank INT")
         if narrow and self.rank is not None:
             raise PlanError(f"rank is {self.rank}, and method narrow takes none; pass --width or --kv-heads instead")
-        if narrow and self.output_weighting != "none":
-            raise PlanError(
-                f"output weighting {self.output_weighting!r} weighs what a decomposition misses, and method narrow "
-                "leaves out units; leave --output-weighting out"
-            )
         if narrow and not given:
             raise PlanError("method narrow needs a size; pass --width 0.75, --width 1152, or --kv-heads N")
         if not narrow and self.rank is None:

@@ -55,7 +55,7 @@ def run(folder, recipe, calibrate, out, **options):
 def test_the_model_stays_nearer_than_by_moments_of_the_original(model, text, tmp_path, name):
     run(model, {"group_layers": 1} | RECIPES[name], text, tmp_path / "calibrated")
     run(model, {"anchored": True} | RECIPES[name], text, tmp_path / "anchored")
-    assert damage(tmp_path / "anchored", model, text) < 0.98 * damage(tmp_path / "calibrated", model, text)
+    assert damage(tmp_path / "anchored", model, text) < 0.99 * damage(tmp_path / "calibrated", model, text)
     record = json.loads((tmp_path / "anchored" / "trawl.json").read_text())
     assert record["identity"]["recipe"]["anchored"]
     assert record["identity"]["moments"] == record["calibration"]["fingerprint"]

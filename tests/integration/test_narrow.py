@@ -33,8 +33,8 @@ def results(monkeypatch):
     """Collect what each stack comes to, by its name."""
     found = {}
 
-    def note(checkpoint, cut, moment, device):
-        found[cut.stack.name] = cut, original(checkpoint, cut, moment, device)
+    def note(checkpoint, cut, *arguments, **options):
+        found[cut.stack.name] = cut, original(checkpoint, cut, *arguments, **options)
         return found[cut.stack.name][1]
 
     original = decomposing.narrow_stack

@@ -46,5 +46,13 @@ def test_fisher_rows_as_typed_with_shared_factors(cli, model, text, tmp_path):  
     code, _, err = cli("compress", model, *options, "-o", tmp_path / "b")
     assert code == 2
     assert "takes gradients on a text; give it with --calibrate TEXT" in err
-    with pytest.raises(PlanError, match="leave --output-weighting out"):
-        trawl.Recipe(method="narrow", width=16, output_weighting="fisher")
+
+
+@pytest.mark.parametrize("kind", ["fisher", "kronecker"])
+def test_gradients_choose_the_units_that_stay(model, text, tmp_path, kind):  # noqa: F811
+    def narrowed(weighting):
+        asked = trawl.Recipe(method="narrow", width=8, output_weighting=weighting)
+        trawl.compress(model, asked, tmp_path / weighting, calibrate=text, calibration_tokens=512)
+        return weights_hash(tmp_path / weighting)
+
+    assert narrowed(kind) != narrowed("none")

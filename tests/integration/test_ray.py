@@ -135,10 +135,14 @@ def test_a_machine_that_joins_gets_work_and_a_mistake_in_a_worker_is_one_line(ma
     expected = score_all(LocalPool(Scorer(setup, tmp_path / "alone")), jobs)
     pool = RayPool.start(setup, tmp_path / "spread", "auto")
     assert pool.slots == 3  # two at work, one that waits for whoever is done first
-    score_all(pool, jobs[:1])
+    for job in jobs:
+        pool.submit(job)
+    first = pool.next()
+    assert not pool._idle  # whoever was done has its next job before the asker has dealt with the outcome
+    assert {job.key for job, _ in (first, pool.next(), pool.next())} == {0, 1, 2}
     joined = machines.add_node(num_cpus=1)
     try:
-        last = time.monotonic() + 60
+        last = time.monotonic() + 240  # on a busy machine
         while len(pool._idle) < 3:
             assert time.monotonic() < last, "no worker on the machine that joined"
             score_all(pool, jobs[:1])

@@ -5,11 +5,12 @@ import torch
 
 from tests.zoo import INNER
 from trawl.calibration import Moment
+from trawl.calibration.text import random_windows
 from trawl.checkpoint import open_folder
 from trawl.errors import LoadError
 from trawl.narrowing import Narrowing, narrow, narrow_stack, selection
 from trawl.narrowing.cuts import positions, stored_axis
-from trawl.narrowing.selection import make_problem, select_groups, select_units
+from trawl.narrowing.selection import make_problem, select_groups, select_units, weigh_outputs
 from trawl.planning import match_checkpoint
 from trawl.views import View
 
@@ -85,6 +86,19 @@ def test_panels_remove_the_units_that_cost_least_one_by_one(panel, monkeypatch):
     assert select_units(problem, SIZE - 10).tolist() == left
 
 
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_weighed_outputs_change_what_is_chosen_and_not_what_is_solved(diagonal):
+    inputs = torch.diag(torch.linspace(1, 2, SIZE, dtype=torch.float64)).repeat(4, 1)
+    problem = make_problem(torch.eye(SIZE), moment(inputs))
+    wanted = torch.arange(SIZE // 2)  # outputs of the smaller inputs
+    counts = torch.full((SIZE,), 0.1).index_fill(0, wanted, 10.0)
+    weighed = weigh_outputs(problem, counts if diagonal else torch.diag(counts))
+    torch.testing.assert_close(select_units(weighed, SIZE // 2), wanted)
+    torch.testing.assert_close(select_units(problem, SIZE // 2), wanted + SIZE // 2)
+    same = weigh_outputs(problem, torch.full((SIZE,), 3.0))
+    torch.testing.assert_close(same.solve(wanted), problem.solve(wanted) * 3.0**0.5)
+
+
 def test_groups_are_chosen_as_a_whole():
     matrix, inputs = torch.randn(SIZE, OUTPUTS), torch.randn(400, SIZE)
     inputs[:, 8:12] *= 1e-3
@@ -135,6 +149,16 @@ def test_a_bias_takes_up_what_the_mean_changes(zoo):
     torch.testing.assert_close(before.mean(0), after.mean(0), rtol=1e-4, atol=1e-4)
     spread = (inputs - inputs.mean(0)) @ weight
     assert found.relative_error == pytest.approx(float((before - after).norm() / spread.norm()), rel=1e-3)
+
+
+def test_random_tokens_are_the_same_for_everyone_and_few_are_rare():
+    windows = random_windows(8, 64, 1000)
+    assert torch.equal(windows, random_windows(8, 64, 1000))
+    assert windows.shape == (8, 64)
+    assert 0 <= int(windows.min()) < int(windows.max()) < 1000
+    counts = [int((windows < bound).sum()) for bound in (20, 60, 140)]
+    assert counts == pytest.approx([90, 181, 271], rel=0.2)  # of 512, each doubling of id + 20 alike
+    assert int(random_windows(8, 64, 1).max()) == 0
 
 
 def test_a_damaged_file_is_refused(tmp_path):

@@ -117,7 +117,7 @@ class AnchoredBlock:
         checkpoint, moment = self.planned.checkpoint, Moment(drift.seen, drift.mean, drift.tokens)
         matrix = cut.reader.view.apply(checkpoint.read(cut.reader.tensor)).double()
         target = make_target(matrix, drift, reads_inner=True)
-        found = narrow_stack(checkpoint, cut, moment, self.chain.device, target)
+        found = narrow_stack(checkpoint, cut, moment, self.chain.device, target=target)
         found.save(self.paths[item.stack.name], {"stack": item.to_json()})
 
     def put(self, roles: Sequence[str]) -> None:

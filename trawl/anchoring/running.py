@@ -49,11 +49,14 @@ def seal_anchored(
         layers[item.stack.layers[0]].append(item)
     seconds = {item.stack.name: 0.0 for item in planned.stacks}
     adds: dict[str, bool] = {}
-    blocks = [
-        AnchoredBlock(planned, chain, number, layers[number], paths, absmax, adds) for number in range(max(layers) + 1)
-    ]
+
+    def block_of(number: int) -> AnchoredBlock:
+        return AnchoredBlock(planned, chain, number, layers[number], paths, absmax, adds)
+
+    count = max(layers) + 1
+    blocks = map(block_of, range(count))
     done, total = 0, sum(1 + sum(bool(block.unfinished(roles)) for roles in block.stages) for block in blocks)
-    for block in blocks:
+    for block in map(block_of, range(count)):
         for roles in block.stages:
             if block.unfinished(roles):
                 for name, spent in block.find(roles, original, compressed).items():

@@ -13,7 +13,7 @@ import torch
 
 from trawl.calibration.moments import RECORD, Identity, Moments, write_record
 from trawl.calibration.outputs import write_output_record
-from trawl.calibration.text import RANDOM_TOKENS, Text, cut_windows, read_text
+from trawl.calibration.text import RANDOM_TOKENS, Text, cut_windows, random_windows, read_text
 from trawl.checkpoint import Checkpoint
 from trawl.errors import LoadError, PlanError
 from trawl.families import ATTENTION, FamilyMatch
@@ -56,17 +56,14 @@ class Calibration:
 
     @cached_property
     def windows(self) -> torch.Tensor:
-        """Token ids, (windows, length); of random tokens each is drawn evenly from the vocabulary, by a fixed seed.
+        """Token ids, (windows, length).
 
         Raises: PlanError: the text is too short, or the tokenizer is of another model. LoadError: there is none.
         """
         model = self.chain.model
         if self.text is RANDOM_TOKENS:
             length = min(WINDOW, self.tokens, position_limit(model, None) or WINDOW)
-            vocabulary = model.get_input_embeddings().weight.shape[0]
-            return torch.randint(
-                vocabulary, (self.tokens // length, length), generator=torch.Generator().manual_seed(0)
-            )
+            return random_windows(self.tokens // length, length, model.get_input_embeddings().weight.shape[0])
         tokenizer = _load_tokenizer(self.checkpoint)
         length = min(WINDOW, self.tokens, position_limit(model, tokenizer) or WINDOW)
         ids = encode_plain(tokenizer, self.text.text, model.get_input_embeddings().weight.shape[0])
@@ -224,7 +221,7 @@ def open_moments(
 def random_calibration(
     checkpoint: Checkpoint, match: FamilyMatch, tokens: int = DEFAULT_TOKENS, device: torch.device = CPU
 ) -> Calibration:
-    """Return a calibration without data: tokens drawn at random, so that moments come from the weights alone."""
+    """Return a calibration on random tokens, so that moments come from the weights alone."""
     return Calibration(checkpoint, match, RANDOM_TOKENS, tokens, device)
 
 

@@ -43,7 +43,8 @@ class Text:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-RANDOM_TOKENS = Text("random tokens", "")  # the same for everyone, see Calibration.windows
+RANDOM_TOKENS = Text("random tokens", "")  # see random_windows
+COMMON_TOKENS = 20  # that are drawn about equally often
 
 
 def read_text(spec: str, tokens: int) -> Text:
@@ -67,6 +68,23 @@ def read_text(spec: str, tokens: int) -> Text:
     if not text.strip():
         raise PlanError(f"calibration text {spec} is empty; expected text")
     return Text(name, text)
+
+
+def random_windows(count: int, length: int, vocabulary: int) -> Tensor:
+    """Draw token ids one by one, the same at every call, for want of a text.
+
+    ``P(id) ∝ 1 / (id + c)``, by Zipf's law with the id as its rank: tokenizers number tokens in the order in which
+    they merged them, the frequent first (Sennrich et al. 2016, arXiv:1508.07909). Even draws are nothing like a text.
+
+    Args:
+        count: windows.
+        length: tokens of a window.
+        vocabulary: ids are below it.
+    Returns: (count, length), int64.
+    """
+    draws = torch.rand(count, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ids = COMMON_TOKENS * ((vocabulary / COMMON_TOKENS + 1) ** draws - 1)
+    return ids.long().clamp_max(vocabulary - 1)
 
 
 def cut_windows(ids: Sequence[int], prefix: Sequence[int], length: int, count: int, name: str) -> Tensor:

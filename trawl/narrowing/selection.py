@@ -6,7 +6,7 @@ to each of them alone, an activation function or attention, so that all matrices
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 PANEL = 64  # removals between two full updates
 RIDGE = 1e-3  # of each input's own second moment
 DEAD = 1e-9  # of the mean ridge, for inputs that are always zero
+FLOOR = 1e-3  # of the mean weight of outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,23 @@ class Problem:
         explained = 2 * self.cross[kept] - self.second[kept][:, kept] @ solution
         left = self.energy - float((solution * explained).sum())
         return (max(left, 0.0) / self.energy) ** 0.5 if self.energy else 0.0
+
+
+def weigh_outputs(problem: Problem, outputs: Tensor) -> Problem:
+    """Return a problem in which a miss e of the outputs counts by ``eᵀ G e``: the same solutions, other losses.
+
+    Args:
+        problem: what is wanted.
+        outputs: G, (hidden, hidden) and positive semi-definite, or its diagonal (hidden,). Directions that count less
+            than a thousandth of the mean count so much.
+    """
+    weight = outputs.double()
+    if weight.dim() == 1:
+        root = weight.clamp_min(FLOOR * float(weight.mean()))[None].sqrt()
+        return replace(problem, cross=problem.cross * root, stored=problem.stored * root)
+    values, vectors = torch.linalg.eigh((weight + weight.T) / 2)
+    turned = vectors * values.clamp_min(FLOOR * float(values.mean())).sqrt()
+    return replace(problem, cross=problem.cross @ turned, stored=problem.stored @ turned)
 
 
 def make_problem(

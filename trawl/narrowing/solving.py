@@ -17,7 +17,7 @@ from trawl.calibration import Moment
 from trawl.checkpoint import Checkpoint
 from trawl.errors import CheckpointError, LoadError
 from trawl.narrowing.cuts import Cut, bias_of
-from trawl.narrowing.selection import make_problem, select_groups, select_units
+from trawl.narrowing.selection import make_problem, select_groups, select_units, weigh_outputs
 from trawl.shards import sealed
 
 FORMAT_VERSION = 1
@@ -81,7 +81,9 @@ def narrow_stack(
     cut: Cut,
     moment: Moment,
     device: torch.device,
+    *,
     target: Tensor | None = None,
+    outputs: Tensor | None = None,
 ) -> Narrowing:
     """Choose the units of one stack that stay, and refit what reads them.
 
@@ -91,6 +93,7 @@ def narrow_stack(
         moment: of what its reader reads.
         device: where to compute.
         target: a matrix (rows, hidden) whose outputs are wanted in place of the stored one's.
+        outputs: what weighs the reader's outputs where units are chosen, (hidden, hidden) or its diagonal.
     Returns: the result, on the CPU; its errors are of what the stored matrix gives.
     Raises: CheckpointError: the refitted matrix does not fit the stored dtype.
     Cost: as :func:`trawl.narrowing.selection.select_units`.
@@ -104,7 +107,8 @@ def narrow_stack(
     aim = matrix.double() if target is None else target.to(device)
     wanted = replace(problem, cross=problem.second @ aim)
     groups = cut.units < reader.shape[0]
-    kept = select_groups(wanted, cut.units, cut.keep) if groups else select_units(wanted, cut.keep)
+    judged = wanted if outputs is None else weigh_outputs(wanted, outputs.to(device))
+    kept = select_groups(judged, cut.units, cut.keep) if groups else select_units(judged, cut.keep)
     rows = cut.rows(reader, kept.cpu()).to(device)
     exact = wanted.solve(rows)
     written = exact.to(stored.dtype)
