@@ -33,7 +33,6 @@ from trawl.workspace import Workspace
 from trawl.writing import Advance, DenseWriter, FactoredWriter, SquaredErrors
 
 LOG = logging.getLogger("trawl")
-RANDOM_COSTS = "costs much of the quality that a text keeps"
 
 
 def plan(
@@ -147,9 +146,9 @@ def compress(
     if source is None and planned.narrowed:
         source = random_calibration(checkpoint, planned.match, calibration_tokens, where)
         LOG.warning(
-            "no calibration text: units are chosen by what the model computes on random tokens, which %s; pass "
-            "--calibrate TEXT",
-            RANDOM_COSTS,
+            "no calibration text: units are chosen by what the model computes on random tokens. That costs quality: "
+            "SmolLM2 at width 0.75 has a perplexity of 43 on WikiText, calibrated on such text of 27. Pass --calibrate "
+            "TEXT"
         )
     identity = run_identity(planned, library, source)
     if resume and (finished := read_report(workspace.out, identity)):

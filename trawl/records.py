@@ -232,8 +232,8 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
         settings += f" {_calibrated(planned.moments)}"
     if planned.anchor:
         settings += f" {_anchored(planned.anchor)}"
-    meaning = NARROW_MEANING if planned.narrowed else MEANING
-    lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks), "", meaning]
+    meaning, after = (NARROW_MEANING, "kept") if planned.narrowed else (MEANING, "in factors")
+    lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks, after), "", meaning]
     if report.weak_stacks:
         lines += ["", f"**{weak_warning(report)}**"]
     lines += ["", "Every other tensor is byte-identical to the source. Exact versions and hashes are in `trawl.json`."]
@@ -295,11 +295,11 @@ def weak_warning(report: Report) -> str:
     )
 
 
-def _table(stacks: Sequence[StackReport]) -> list[str]:
-    """Return the stacks as a Markdown table."""
+def _table(stacks: Sequence[StackReport], after: str) -> list[str]:
+    """Return the stacks as a Markdown table; ``after`` names the parameters that there are now."""
     weighted = any(stack.weighted_error is not None for stack in stacks)
     errors = ("relative error", "weighted error") if weighted else ("relative error",)
-    names = ("stack", "layers", "roles", "shape", "rank", *errors, "kept energy", "parameters", "in factors")
+    names = ("stack", "layers", "roles", "shape", "rank", *errors, "kept energy", "parameters", after)
     rows = [
         (
             stack.name,

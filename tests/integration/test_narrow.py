@@ -155,6 +155,17 @@ def test_records_say_what_was_left_out(zoo, tmp_path):
     assert f"{report.stacks[1].relative_error:.5f}" in card
 
 
+def test_the_report_page_tells_of_a_narrow_output(zoo, tmp_path):
+    pytest.importorskip("jinja2")
+    from trawl.report import write_report
+
+    narrow(zoo("llama"), tmp_path / "out", width=0.5)
+    page = write_report(tmp_path / "out").page.read_text()
+    assert "weights stay around fewer inner units" in page
+    assert "an ordinary checkpoint with fewer units" in page
+    assert "of what each stack puts out" in page
+
+
 def test_without_a_text_the_cost_is_told(zoo, tmp_path, caplog):
     caplog.set_level("WARNING", "trawl")
     narrow(zoo("llama"), tmp_path / "out", width=0.5)

@@ -10,6 +10,9 @@ from trawl.decompose import Weights
 from trawl.families import Placement
 from trawl.stacking import READ_INNER, Stack
 
+UNSEEN = 0.1  # occurrences of every token that are added to those counted
+EMBED_SHARE = 0.01  # of the error of tied embeddings as such, beside their error as the head
+
 
 def stack_weights(moments: Moments, stack: Stack) -> Weights:
     """Return the second moments that weigh a stack's error: the mean squared error of its outputs.
@@ -44,17 +47,17 @@ def stack_weights(moments: Moments, stack: Stack) -> Weights:
 def _outside_weights(moments: Moments, part: Placement) -> Weights:
     """Return the moments that weigh the error of token embeddings, or of the head.
 
-    A row counts as often as its token occurs, once added for those that never do. The head's error is that of its
-    products, and that of a matrix which is both is the sum, each of the mean size of 1.
+    A row counts as often as its token occurs, and a little if it never does. The head's error is that of its products.
+    That of a matrix which is both is the sum, to which the embeddings add little: see docs/compression.md.
     """
     found = {moments.infos[name].name: moments.moment(name) for name in moments.names(part)}
     tokens = found[TOKENS]
-    rows = (tokens.mean * tokens.tokens + 1.0) / (tokens.tokens + len(tokens.mean))
+    rows = (tokens.mean * tokens.tokens + UNSEEN) / (tokens.tokens + UNSEEN * len(tokens.mean))
     if HEAD not in found:
         return Weights((rows,), (None,))
     head = found[HEAD].matrix
     if part.role == "embed":
-        head = head / head.diagonal().mean() + torch.eye(len(head))
+        head = head / head.diagonal().mean() + EMBED_SHARE * torch.eye(len(head))
     return Weights((rows,), (head,))
 
 

@@ -14,7 +14,7 @@ from trawl.errors import TrawlError
 from trawl.layout import dense_layout
 from trawl.observers import Observer
 from trawl.recipe import Recipe
-from trawl.records import WEAK_ENERGY
+from trawl.records import MEANING, NARROW_MEANING, WEAK_ENERGY
 from trawl.report.known_spectra import spectra_section
 from trawl.report.page import Page, Section, Table, Tile, sections
 from trawl.report.pictures import Picture, render
@@ -38,9 +38,10 @@ def output_page(output: Output, observer: Observer) -> Page:
     """Put together the report of a compress output; its pictures are drawn, its spectra measured."""
     recipe, record = output.recipe, output.record
     rank = recipe["rank"]
-    ranks = tuple(rank) if isinstance(rank, list) else (int(rank),)
+    ranks = tuple(rank) if isinstance(rank, list) else () if rank is None else (int(rank),)
     chosen: dict[str, Any] = {"roles": str(recipe["roles"]), "layers": str(recipe["layers"]), "rank": ranks}
     source = str(record["identity"]["source"])
+    spectra = spectra_section(output.model, **chosen, observer=observer, fingerprint=source) if ranks else None
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return Page(
         kind="Compress output",
@@ -51,25 +52,32 @@ def output_page(output: Output, observer: Observer) -> Page:
         notice=weak_notice(output),
         sections=sections(
             errors(output, ranks),
-            spectra_section(output.model, **chosen, observer=observer, fingerprint=source),
+            spectra,
             recipe_section(output),
             Section("Rebuild it", commands=(rebuild_command(output),)),
         ),
-        footer=f"{versions}; relative error is measured on the weights as written",
+        footer=f"{versions}; relative error is measured with the weights as written",
     )
 
 
 def headline(output: Output) -> str:
     """Say what was done in one sentence."""
     recipe = output.recipe
-    rank = recipe["rank"] if isinstance(recipe["rank"], int) else ",".join(map(str, recipe["rank"]))
     energies = sorted(stack.kept_energy for stack in output.stacks)
     kept = f"{energies[0]:.1%}" if len(energies) == 1 else f"between {energies[0]:.1%} and {energies[-1]:.1%}"
     stacks = "The stack keeps" if len(energies) == 1 else f"The {len(energies)} stacks keep"
-    return (
-        f"{method_name(recipe['method'])} rank {rank} stands in place of {output.parameters_before:,} weights: "
-        f"roles {recipe['roles']}, {layers_in_words(recipe['layers'])}. {stacks} {kept} of the energy."
-    )
+    if narrowed(output):
+        done = f"{output.parameters_after:,} of {output.parameters_before:,} weights stay around fewer inner units"
+    else:
+        rank = _written(recipe["rank"])
+        done = f"{method_name(recipe['method'])} rank {rank} stands in place of {output.parameters_before:,} weights"
+    where = f"roles {recipe['roles']}, {layers_in_words(recipe['layers'])}"
+    return f"{done}: {where}. {stacks} {kept} of the energy."
+
+
+def narrowed(output: Output) -> bool:
+    """Whether units were left out, and nothing was factored."""
+    return bool(output.recipe["method"] == "narrow")
 
 
 def facts(output: Output) -> tuple[tuple[str, str], ...]:
@@ -105,22 +113,23 @@ def tiles(output: Output) -> tuple[Tile, ...]:
     least = min(output.stacks, key=lambda stack: stack.kept_energy)
     kept = Tile("Least kept energy", f"{least.kept_energy:.1%}", f"of stack {least.name}")
     ratio = output.parameters_after / output.parameters_before
-    stacks = Tile("Stacks, in factors", f"{ratio:.1%}",
+    stacks = Tile("Stacks, kept" if narrowed(output) else "Stacks, in factors", f"{ratio:.1%}",
                   f"{output.parameters_after:,} of {output.parameters_before:,} parameters")  # fmt: skip
     if found is None:
         return (Tile("Parameters", NONE, "the folder's weights cannot be read"), stacks, kept)
     before, after = found
+    alike = "an ordinary checkpoint with fewer units" if narrowed(output) else "as before: the output is dense"
     return (
-        Tile("Parameters", f"{after.parameters:,}", _before(before.parameters, after.parameters, "")),
-        Tile("Shards", _human(after.nbytes), _before(before.nbytes, after.nbytes, " bytes")),
+        Tile("Parameters", f"{after.parameters:,}", _before(before.parameters, after.parameters, "", alike)),
+        Tile("Shards", _human(after.nbytes), _before(before.nbytes, after.nbytes, " bytes", alike)),
         stacks,
         kept,
     )
 
 
-def _before(before: int, after: int, unit: str) -> str:
-    """Write what a count was, and the share that is left."""
-    return "as before: the output is dense" if before == after else f"{after / before:.1%} of {before:,}{unit}"
+def _before(before: int, after: int, unit: str, alike: str) -> str:
+    """Write what a count was, and the share that is left, or what an ordinary output is."""
+    return alike if before == after else f"{after / before:.1%} of {before:,}{unit}"
 
 
 def _human(count: float) -> str:
@@ -167,7 +176,7 @@ def errors(output: Output, rank: tuple[int, ...]) -> Section:
         "relative error",
         "kept energy",
         "parameters",
-        "in factors",
+        "kept" if narrowed(output) else "in factors",
         "sweeps",
         "s",
     )
@@ -181,7 +190,7 @@ def errors(output: Output, rank: tuple[int, ...]) -> Section:
         ]
         alt = "Relative error of every stack by layer"
         pictures = (render("errors", alt, partial(draw_errors, curves=curves)),)
-    text = "Relative error is ‖T − T̂‖ / ‖T‖ in the Frobenius norm; kept energy is 1 − relative error²."
+    text = NARROW_MEANING if narrowed(output) else MEANING
     return Section("Error per stack", text, pictures, Table(columns, rows, 4))
 
 

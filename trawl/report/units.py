@@ -8,7 +8,7 @@ from trawl.report.reading import Measure, Trial
 
 NONE = "–"
 NORMAL_95 = 1.96  # half the 95% interval of a normal estimate, in standard errors
-METHODS = {"cp": "CP", "svd": "SVD", "tucker": "Tucker"}
+METHODS = {"cp": "CP", "svd": "SVD", "tucker": "Tucker", "narrow": "Narrow"}
 
 
 @dataclass(frozen=True)
