@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--moments", type=Path, help="folder that has them, or is to keep them")
     parser.add_argument("--text", type=Path, action="append", required=True, help="scored by perplexity")
     parser.add_argument("--width", type=float, default=0.75)
+    parser.add_argument("--output-weighting", default="none", help="of the choice of units; the baseline has none")
     parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, to score")
     parser.add_argument("--dtype", default="bfloat16", help="to score in; speeds are in float32")
     parser.add_argument("--repeats", type=int, default=9)
@@ -185,12 +187,14 @@ def main() -> None:
         checkpoint = open_checkpoint(str(options.model))
         match = trawl.planning.match_checkpoint(checkpoint)
         folder = options.moments or Path(scratch) / "moments"
-        moments = make_moments(open_moments(checkpoint, match, options.calibrate, folder=options.moments), folder)
+        recipe = trawl.Recipe(method="narrow", width=options.width, output_weighting=options.output_weighting)
+        kind = recipe.output_weighting
+        source = open_moments(checkpoint, match, options.calibrate, folder=options.moments, output_weighting=kind)
+        moments = make_moments(source, folder)
         assert moments is not None, "give --calibrate TEXT or --moments FOLDER"
-        recipe = trawl.Recipe(method="narrow", width=options.width)
         trawl.compress(options.model, recipe, Path(scratch) / "narrow", moments=folder)
-        planned = trawl.plan(options.model, recipe)
-        console.print(quality(options, Path(scratch) / "narrow", moments, planned))
+        planned = trawl.plan(options.model, recipe, moments=folder)
+        console.print(quality(options, Path(scratch) / "narrow", replace(moments, outputs=None), planned))
         console.print(speed_table(options.model, Path(scratch) / "narrow", options.repeats))
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
     print(json.dumps({"torch": torch.__version__, "machine": machine}))
