@@ -187,6 +187,25 @@ def test_identities_give_the_plain_bytes():
     assert unequal.weighted_error is not None  # the first slice counts more
 
 
+def test_balanced_slices_count_alike_whatever_the_size_of_their_moments():
+    x = make_stack("random", (2, 9, 7), 3, 0)
+    inner, hidden = make_moment("white", 9, 0), make_moment("spread", 7, 1)
+    one = Weights((inner, None), (None, hidden))
+    other = Weights((inner * 1e4, None), (None, hidden * 1e-3))
+    for method in (CP(2), Tucker(2)):
+        expected, found = (decompose(x, method, weights.balanced()) for weights in (one, other))
+        torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-3, atol=1e-3)
+        assert found.weighted_error == pytest.approx(expected.weighted_error, rel=1e-4)
+        unbalanced = decompose(x, method, other)
+        first, second = (  # all of the rank goes to the slice of the larger outputs
+            weighted_error(x[:1], replace(f, core=f.core[:1]), Weights((inner,), (None,))) for f in (unbalanced, found)
+        )
+        assert first < second
+    assert Weights((None, None), (torch.eye(7) * 3, torch.eye(7) * 0.1)).balanced().plain
+    unseen = Weights((None, None), (hidden, torch.zeros(7, 7))).balanced()
+    assert slice_weights(unseen, x.device)[1].share < 1e-5
+
+
 def test_a_slice_that_was_never_seen_hardly_counts():
     x = make_stack("random", (2, 9, 7), 3, 0)
     seen, unseen = make_moment("white", 7, 0), torch.zeros(7, 7)
@@ -276,6 +295,12 @@ def test_conjugate_gradients_solve_for_several_moments():
 def test_what_is_no_second_moment_is_refused(hidden, message):
     with pytest.raises(ShapeError, match=message):
         decompose(torch.ones(3, 6, 4), CP(1), Weights((None,) * 3, hidden))
+
+
+def test_sizes_that_are_none_are_refused():
+    for sizes in ((1.0, 1.0), (1.0, 0.0, 1.0)):
+        with pytest.raises(ShapeError, match="expected 3 positive numbers"):
+            decompose(torch.ones(3, 6, 4), CP(1), Weights((None,) * 3, (None,) * 3, sizes))
 
 
 def test_what_weights_do_not_combine_with_is_refused():

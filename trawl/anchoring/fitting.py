@@ -70,7 +70,7 @@ def _targets(stack: Stack, source: SliceSource, drifts: Sequence[Drift | None]) 
         tuple(matrix if reads_inner else None for matrix, reads_inner in zip(seen, inner, strict=True)),
         tuple(None if reads_inner else matrix for matrix, reads_inner in zip(seen, inner, strict=True)),
     )
-    return torch.stack(targets), weights
+    return torch.stack(targets), weights.balanced()
 
 
 def make_target(matrix: Tensor, drift: Drift | None, *, reads_inner: bool) -> Tensor:

@@ -41,7 +41,8 @@ def stack_weights(moments: Moments, stack: Stack) -> Weights:
         (matrices.get(key), output) if part.role in READ_INNER else (output, matrices.get(key))
         for part, key, output in zip(stack.slices, keys, outputs, strict=True)
     ]
-    return Weights(inner=tuple(inner for inner, _ in sides), hidden=tuple(hidden for _, hidden in sides))
+    weights = Weights(inner=tuple(inner for inner, _ in sides), hidden=tuple(hidden for _, hidden in sides))
+    return weights if moments.outputs else weights.balanced()  # gradients know how much each output counts
 
 
 def _outside_weights(moments: Moments, part: Placement) -> Weights:

@@ -26,13 +26,19 @@ class Weights:
         inner: A_s (inner, inner) per slice, symmetric and positive semi-definite, or its diagonal (inner,) where it has
             no other entries; None stands for the identity.
         hidden: B_s (hidden, hidden) per slice, likewise.
+        sizes: what each slice's squared error is divided by; 1 where there are none.
     """
 
     inner: tuple[Tensor | None, ...]
     hidden: tuple[Tensor | None, ...]
+    sizes: tuple[float, ...] | None = None
 
     def check(self, shape: tuple[int, int, int]) -> None:
         """Raise ShapeError unless these are second moments for a stack of this shape."""
+        if self.sizes is not None and (
+            len(self.sizes) != shape[0] or not all(0 < size < math.inf for size in self.sizes)
+        ):
+            raise ShapeError(f"weights have sizes {self.sizes}; expected {shape[0]} positive numbers, one per slice")
         for side, moments, size in (("inner", self.inner, shape[1]), ("hidden", self.hidden, shape[2])):
             if len(moments) != shape[0]:
                 raise ShapeError(
@@ -46,14 +52,23 @@ class Weights:
     def plain(self) -> bool:
         """Whether every entry of the stack counts alike: all slices have the same multiple of the identity."""
         products = []
-        for pair in zip(self.inner, self.hidden, strict=True):
+        sizes = self.sizes or (1.0,) * len(self.inner)
+        for *pair, size in zip(self.inner, self.hidden, sizes, strict=True):
             factors = [1.0 if moment is None else _multiple_of_identity(moment) for moment in pair]
-            products.append(math.nan if None in factors else math.prod(factor for factor in factors if factor))
-        return all(product == products[0] for product in products)  # NaN is unlike itself
+            products.append(math.nan if None in factors else math.prod(factor for factor in factors if factor) / size)
+        return all(math.isclose(product, products[0], rel_tol=1e-12) for product in products)  # NaN is unlike itself
+
+    def balanced(self) -> Weights:
+        """Return the same moments, each slice's error relative to their mean eigenvalues, so that all count alike.
+
+        Outputs of different layers and roles come in different sizes that say nothing of what depends on them.
+        """
+        pairs = zip(_means(self.inner), _means(self.hidden), strict=True)
+        return Weights(self.inner, self.hidden, tuple(a * b for a, b in pairs))
 
     def swapped(self) -> Weights:
         """Return the weights of the stack with inner and hidden exchanged."""
-        return Weights(self.hidden, self.inner)
+        return Weights(self.hidden, self.inner, self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +126,10 @@ class SliceWeight:
 def slice_weights(weights: Weights, device: torch.device) -> tuple[SliceWeight, ...]:
     """Return how much each slice's error counts, relative to the slice that counts most."""
     inner, hidden = _metrics(weights.inner, device), _metrics(weights.hidden, device)
-    sizes = [a_size * b_size for (_, a_size), (_, b_size) in zip(inner, hidden, strict=True)]
+    sizes = weights.sizes or (1.0,) * len(inner)
+    shares = [a_size * b_size / size for (_, a_size), (_, b_size), size in zip(inner, hidden, sizes, strict=True)]
     return tuple(
-        SliceWeight(a, b, size / max(sizes)) for (a, _), (b, _), size in zip(inner, hidden, sizes, strict=True)
+        SliceWeight(a, b, share / max(shares)) for (a, _), (b, _), share in zip(inner, hidden, shares, strict=True)
     )
 
 
@@ -152,6 +168,13 @@ def _metrics(moments: tuple[Tensor | None, ...], device: torch.device) -> list[t
     seen = [found[id(moment)][1] for moment in moments if id(moment) in found]
     found |= dict.fromkeys(unseen, (IDENTITY, RIDGE * max(seen, default=1.0)))
     return [found[id(moment)] for moment in moments]
+
+
+def _means(moments: tuple[Tensor | None, ...]) -> list[float]:
+    """Return each slice's mean eigenvalue; of a moment of zeros, the largest of the others."""
+    means = {id(moment): float(_diagonal(moment).double().mean()) for moment, _ in _distinct(moments)}
+    each = [1.0 if moment is None else means[id(moment)] for moment in moments]
+    return [mean or max(each) or 1.0 for mean in each]
 
 
 def _distinct(moments: tuple[Tensor | None, ...]) -> list[tuple[Tensor, list[int]]]:
