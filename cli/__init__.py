@@ -5,8 +5,11 @@ Nothing heavy is imported until a command runs, so that ``trawl --help`` answers
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 import traceback
+from types import FrameType
 
 import rich_click as click
 
@@ -38,31 +41,78 @@ KEPT = {
     "sweep": "; finished trials are kept, the same command goes on",
 }
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 for command in (inspect, plan, compress, densify, diff, evaluate, sweep, report):
     trawl.add_command(command)
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM, as a job scheduler sends it: the same as Ctrl-C."""
 
 
 def main() -> None:
     """Run the command line; a user's mistake gives one line and exit code 2."""
     debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _stop)
     try:
         trawl.main(prog_name="trawl", standalone_mode=False)
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
+    except Stopped:
+        click.echo(f"terminated{_kept()}", err=True)
+        sys.exit(128 + signal.SIGTERM)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"interrupted{KEPT.get(''.join(sys.argv[1:2]), '')}", err=True)
-        sys.exit(130)
+        click.echo(f"interrupted{_kept()}", err=True)
+        sys.exit(128 + signal.SIGINT)
     except Exception as e:  # noqa: BLE001 (the end of the line: what is not expected is shown whole)
         if debug or not _is_expected(e):
             traceback.print_exc()
         if _is_expected(e):
-            click.echo(f"{type(e).__name__}: {' '.join(str(e).split())}", err=True)
+            click.echo(_one_line(e), err=True)
             sys.exit(2)
         sys.exit(1)
 
 
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    """Turn a signal into an exception, so that files are closed and temporary ones removed."""
+    raise Stopped
+
+
+def _kept() -> str:
+    """Say what a command that broke off can go on from."""
+    return KEPT.get("".join(sys.argv[1:2]), "")
+
+
+def _one_line(error: Exception) -> str:
+    """Return an expected error as one line without secrets and without characters that steer a terminal."""
+    from trawl.redaction import redacted
+
+    from .console import printable
+
+    kind, reason = type(error).__name__, " ".join(str(error).split())
+    if _is_out_of_memory(error):
+        kind = "MemoryError"
+        reason = (
+            f"not enough memory ({reason[:200] or 'no more was given'}); see with trawl plan what it takes{_kept()}"
+        )
+    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        reason += _kept()
+    return f"{kind}: {printable(redacted(reason))}"
+
+
 def _is_expected(error: Exception) -> bool:
-    """Whether an error is the user's to mend: TRAWL's own kinds, and the operating system's."""
+    """Whether an error is the user's to mend: TRAWL's own kinds, the operating system's, and a lack of memory."""
     errors = sys.modules.get("trawl.errors")
-    return isinstance(error, OSError) or (errors is not None and isinstance(error, errors.TrawlError))
+    own = errors is not None and isinstance(error, errors.TrawlError)
+    return own or isinstance(error, OSError) or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, as Python, PyTorch or the kernel says it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = str(error).lower()
+    torchs = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
+    return isinstance(error, MemoryError) or torchs

@@ -29,7 +29,7 @@ from rich.text import Text
 
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
-ERR = Console(stderr=True)
+ERR = Console(stderr=True, markup=False)
 
 
 def print_json(value: Any) -> None:
@@ -39,14 +39,14 @@ def print_json(value: Any) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """Print a table whose first ``left`` columns are text and the others numbers; never squeezed into a file."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console()
+        table.add_row(*map(printable, row))
+    console = Console(markup=False)
     if not console.is_terminal:  # a file has no width to fit into
-        console = Console(width=Console(width=10_000).measure(table).maximum)
+        console = Console(markup=False, width=Console(width=10_000).measure(table).maximum)
     console.print(table)
 
 
@@ -115,6 +115,11 @@ def _plain() -> Any:
         ERR.print(f"{stage}{share}", highlight=False)
 
     return observe
+
+
+def printable(text: str) -> str:
+    """Return a text from a file with every character escaped that could steer a terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def human_bytes(count: float) -> str:

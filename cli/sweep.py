@@ -100,9 +100,8 @@ def sweep(
 
     Example: trawl sweep MODEL --method cp,tucker --ranks 8,64 --layers 20-29 --task qa:facts.jsonl -o study
     """
-    import shlex
-
     import trawl
+    from trawl.redaction import command_line
 
     from .console import observing, print_json
 
@@ -115,7 +114,7 @@ def sweep(
             group_layers=tuple(_group(part.strip()) for part in group_layers.split(",")),
             patience=None if patience == "none" else _number(patience),
             prefix_memory=parse_bytes(prefix_memory),
-            command=shlex.join(["trawl", *sys.argv[1:]]),
+            command=command_line(sys.argv[1:]) or "",
             observer=observer,
             **options,
         )

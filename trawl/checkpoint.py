@@ -16,11 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trawl.errors import CheckpointError
+from trawl.errors import CheckpointError, shown
+from trawl.untrusted import own_file, parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+MAX_AXES = 64  # torch's
+LONGEST_NAME = 1000
+LARGEST_COUNT = 1 << 63
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 RECORD = "trawl.json"
 FOREIGN_WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".tflite", ".ot")
@@ -100,8 +104,8 @@ class Shard:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """The header's free metadata, such as ``{"format": "pt"}``."""
-        found = json.loads(self.header[8:]).get("__metadata__", {}) if self.header else {}
-        return found if isinstance(found, dict) else {}
+        found: dict[str, str] | None = json.loads(self.header[8:]).get("__metadata__") if self.header else None
+        return found or {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,11 +192,22 @@ class Checkpoint:
                     digest.update(file.read(SAMPLED_BYTES))
         return digest.hexdigest()
 
+    def state(self) -> dict[str, list[int]]:
+        """Return size and time of change, in nanoseconds, of every file that an output is made of.
+
+        Raises: CheckpointError: one of them is gone, or is a link to a place outside the folder.
+        """
+        names = (*(shard.name for shard in self.shards), *map(str, self.side_files))
+        found = {name: own_file(self.folder, name).stat() for name in names}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
     @cached_property
     def side_files(self) -> tuple[Path, ...]:
         """Files beside the weights that belong to the checkpoint, relative to the folder.
 
         Weights in other formats, hidden files, and the products of an earlier TRAWL run are left out.
+
+        Raises: CheckpointError: one of them is a link to a place outside the folder.
         """
         shards = {shard.name for shard in self.shards}
         own = {"README.md", RECORD}
@@ -207,6 +222,7 @@ class Checkpoint:
                 continue
             if str(relative) in shards or relative.parts[0] in own:
                 continue
+            own_file(self.folder, relative)
             found.append(relative)
         return tuple(found)
 
@@ -227,7 +243,7 @@ def open_folder(folder: Path, *, origin: str = "", revision: str | None = None, 
         raise CheckpointError(f"{folder} is not a folder; expected a checkpoint folder, a hub id, or a .gguf file")
     config = read_json(folder / "config.json", "model configuration")
     refuse_quantized(config, folder, factored=factored)
-    shards = tuple(read_shard(folder / name) for name in shard_names(folder))
+    shards = tuple(read_shard(own_file(folder, name)) for name in shard_names(folder))
     checkpoint = Checkpoint(folder, config, shards, revision, origin or str(folder))
     check_index(checkpoint)
     return checkpoint
@@ -235,11 +251,11 @@ def open_folder(folder: Path, *, origin: str = "", revision: str | None = None, 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object, or say in one line why there is none."""
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path.parent} has no {path.name} ({what}); is it a transformers checkpoint?")
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path.parent} has no {path.name} ({what}); is it a transformers checkpoint?") from e
-    except (OSError, ValueError, RecursionError) as e:
+        value = parse_json(own_file(path.parent, path.name).read_bytes())
+    except (OSError, ValueError) as e:
         raise CheckpointError(f"{path} is not readable JSON: {e}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
@@ -295,62 +311,81 @@ def index_shards(index_path: Path) -> list[str]:
     weight_map = read_json(index_path, "shard index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map; expected tensor names with their shards")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index_path} names the shard {shown(name)}; expected a plain file name that ends in .safetensors"
+            )
     names = list(dict.fromkeys(weight_map.values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise CheckpointError(f"{index_path} names the shard {name!r}; expected a plain file name")
-        if not (index_path.parent / name).is_file():
-            raise CheckpointError(f"{index_path} names the shard {name}, which is not in {index_path.parent}")
+        try:
+            own_file(index_path.parent, name)
+        except CheckpointError as e:
+            raise CheckpointError(
+                f"{index_path} names the shard {name[:80]}, which is not in {index_path.parent}: {e}"
+            ) from e
     return names
 
 
 def read_shard(path: Path) -> Shard:
     """Read and check one shard's header; sizes from the file are compared with its real size before they are used."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}"
-            )
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has "
+                    f"{size}"
+                )
+            raw = file.read(length)
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror}") from e
     return Shard(path.name, length.to_bytes(8, "little") + raw, parse_header(path, raw, size), size)
 
 
 def parse_header(path: Path, raw: bytes, size: int) -> tuple[TensorInfo, ...]:
     """Turn the header's JSON into tensors in byte order, checking that they tile the data exactly."""
     try:
-        entries = json.loads(raw)
-        entries.pop("__metadata__", None)
-        base = 8 + len(raw)
-        infos = [
-            TensorInfo(
-                name,
-                entry["dtype"],
-                tuple(int(n) for n in entry["shape"]),
-                path.name,
-                base + int(entry["data_offsets"][0]),
-                base + int(entry["data_offsets"][1]),
-            )
-            for name, entry in entries.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
-        raise CheckpointError(f"{path}: unreadable safetensors header: {e!r}") from e
+        entries = parse_json(raw, unique=True)
+        _check_metadata(entries.pop("__metadata__", None) or {})
+        infos = [_tensor_info(name, entry, path.name, 8 + len(raw)) for name, entry in entries.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path}: unreadable safetensors header: {type(e).__name__}: {str(e)[:200]}") from e
     infos.sort(key=lambda info: (info.start, info.stop))
-    end = base
+    end = 8 + len(raw)
     for info in infos:
-        bits = BITS.get(info.dtype)
-        if bits is None:
-            raise CheckpointError(f"{path}: tensor {info.name} has the unknown dtype {info.dtype!r}")
-        if info.start != end or info.nbytes * 8 != info.parameters * bits or min(info.shape, default=0) < 0:
+        if info.start != end or info.nbytes * 8 != info.parameters * BITS[info.dtype]:
             raise CheckpointError(
                 f"{path}: tensor {info.name} {info.shape} {info.dtype} claims bytes {info.start} to {info.stop}; "
-                f"expected {info.parameters * bits // 8} bytes from {end}"
+                f"expected {info.parameters * BITS[info.dtype] // 8} bytes from {end}"
             )
         end = info.stop
     if end != size:
         raise CheckpointError(f"{path} is truncated: its header needs {end} bytes, the file has {size}; fetch it again")
     return tuple(infos)
+
+
+def _check_metadata(metadata: Any) -> None:
+    """Refuse free metadata that safetensors does not read back."""
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("__metadata__ holds something else than texts")
+
+
+def _tensor_info(name: str, entry: Any, shard: str, base: int) -> TensorInfo:
+    """Read one entry of a header; every number in it is checked before anything is computed from it."""
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    what = f"tensor {name[:80]}"
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"{what}... has a name of {len(name)} characters; expected at most {LONGEST_NAME}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise ValueError(f"{what} has the unknown dtype {shown(dtype)}")
+    for field_name, numbers in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < LARGEST_COUNT for n in numbers):
+            raise ValueError(f"{what} has the {field_name} {shown(numbers)}; expected counts")
+    if len(shape) > MAX_AXES or len(offsets) != 2:
+        raise ValueError(f"{what} has {len(shape)} axes and {len(offsets)} offsets; expected at most {MAX_AXES}, and 2")
+    return TensorInfo(name, dtype, tuple(shape), shard, base + offsets[0], base + offsets[1])
 
 
 def check_index(checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +13,13 @@ from torch import Tensor
 from trawl.checkpoint import DTYPES, Checkpoint, open_folder
 from trawl.descriptor import DescribedStack, Descriptor
 from trawl.descriptor_reader import parse_descriptor
-from trawl.errors import LoadError
+from trawl.errors import CheckpointError, LoadError
 from trawl.factors import Factors
 from trawl.layout import ShardLayout, dense_layout
 from trawl.observers import Observer, silent
 from trawl.records import write_index, write_json
 from trawl.shards import FileRange, copy_file, write_shard
+from trawl.untrusted import own_file
 from trawl.workspace import Workspace
 from trawl.writing import fill, slice_of
 
@@ -57,12 +59,13 @@ def densify(model: str | Path, out: str | Path, *, overwrite: bool = False, obse
     Cost: one matrix product of its size times the rank for every replaced matrix; memory for one stored tensor.
     """
     checkpoint, descriptor = open_factored(Path(model))
+    state = checkpoint.state()
     layouts = dense_layout(checkpoint, descriptor)
     workspace = Workspace(Path(out))
     needed = sum(layout.nbytes for layout in layouts)
-    workspace.check(checkpoint.folder, resume=False, overwrite=overwrite, needed=needed)
+    workspace.check(checkpoint.folder, resume=None, overwrite=overwrite, needed=needed)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    with workspace.locked({"densify": checkpoint.fingerprint}, resume=False):
+    with workspace.locked({"densify": checkpoint.fingerprint}, resume=False, overwrite=overwrite):
         done = 0
         for layout in layouts:
             write_shard(workspace.staged / layout.name, layout.header, _parts(checkpoint, descriptor, layout))
@@ -75,8 +78,10 @@ def densify(model: str | Path, out: str | Path, *, overwrite: bool = False, obse
         write_json(workspace.staged / "config.json", config)
         write_index(checkpoint.folder, layouts, workspace.staged)
         for name in ("README.md", "trawl.json"):  # what was done to the weights still holds
-            if (checkpoint.folder / name).is_file():
-                copy_file(checkpoint.folder / name, workspace.staged / name)
+            if os.path.lexists(checkpoint.folder / name):
+                copy_file(own_file(checkpoint.folder, name), workspace.staged / name)
+        if checkpoint.state() != state:
+            raise CheckpointError(f"{checkpoint.folder} changed while it was being read; run the command again")
         workspace.publish()
     return workspace.out
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, combinations
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 from trawl.checkpoint import TensorInfo
@@ -359,15 +359,11 @@ def _cover_fault(tensor: str, parts: Sequence[tuple[DescribedStack, int]]) -> st
     grids = [solve(parse(part.view.stored), part.stored_shape, dict(part.view.sizes), "tensor") for part in slices]
     if any(grid != grids[0] for grid in grids):
         return f"tensor {tensor} is described with several sizes of the same axes"
-    boxes = [
-        {axis: (0, size) for axis, size in grids[0].items()} | {axis: (start, stop) for axis, start, stop in view.take}
-        for view in (part.view for part in slices)
-    ]
-    for one, other in combinations(boxes, 2):
-        if all(max(one[axis][0], other[axis][0]) < min(one[axis][1], other[axis][1]) for axis in one):
-            return f"tensor {tensor} is in stacks twice ({', '.join(stack.name for stack, _ in parts)})"
-    covered = sum(math.prod(stop - start for start, stop in box.values()) for box in boxes)
-    if covered != math.prod(first.stored_shape):
+    length = next((grids[0][axis] for part in slices for axis, _, _ in part.view.take), 1)  # of the one that is cut
+    cuts = sorted(part.view.take[0][1:] if part.view.take else (0, length) for part in slices)
+    if any(start < stop for (_, stop), (start, _) in pairwise(cuts)):
+        return f"tensor {tensor} is in stacks twice ({', '.join(stack.name for stack, _ in parts)})"
+    if sum(stop - start for start, stop in cuts) != length:
         names = ", ".join(str(part.view) for part in slices)
         return f"tensor {tensor} {first.stored_shape} is in stacks only in part ({names})"
     return None

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from trawl.checkpoint import FLOAT_DTYPES
 from trawl.descriptor import FORMAT_VERSION, METHOD, Core, DescribedSlice, DescribedStack, Descriptor, find_fault
-from trawl.errors import LoadError, ShapeError
+from trawl.errors import LoadError, ShapeError, shown
 from trawl.narrow_tensor import NarrowTensor
 from trawl.views import View
 
@@ -17,7 +17,6 @@ STACK_NAME = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_.,-]*[0-9A-Za-z_])?")
 PATTERN = re.compile(r"[0-9A-Za-z_() ]+")
 LONGEST_NAME = 500
 LARGEST_SIZE = 1 << 40
-SHOWN = 80  # characters of a wrong value that a message repeats
 
 
 def parse_descriptor(value: object, where: str) -> Descriptor:
@@ -116,12 +115,12 @@ class _Fields:
     def __init__(self, value: object, where: str) -> None:
         self.where = where
         if not isinstance(value, Mapping):
-            raise LoadError(f"{where} is {_shown(value)}; expected an object")
+            raise LoadError(f"{where} is {shown(value)}; expected an object")
         self.left: dict[str, Any] = dict(value)
 
     def fail(self, field: str, value: object, expected: str) -> NoReturn:
         """Raise for a field of this object."""
-        raise LoadError(f"{self.where}: {field} is {_shown(value)}; expected {expected}")
+        raise LoadError(f"{self.where}: {field} is {shown(value)}; expected {expected}")
 
     def take(self, field: str) -> Any:
         """Return a field that must be there."""
@@ -132,7 +131,7 @@ class _Fields:
     def close(self) -> None:
         """Require that nothing is left."""
         if self.left:
-            names = _shown(", ".join(str(name) for name in self.left))
+            names = shown(", ".join(str(name) for name in self.left))
             raise LoadError(
                 f"{self.where} has the unknown field {names}; expected only those of format {FORMAT_VERSION}"
             )
@@ -189,12 +188,3 @@ class _Fields:
         if not isinstance(value, dict):
             self.fail(field, value, "an object")
         return dict(value)
-
-
-def _shown(value: object) -> str:
-    """Repeat a wrong value on one line, cut short."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
-        text = f"of type {type(value).__name__} and too large to show"
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 80  # characters of a wrong value that a message repeats
+
 
 class TrawlError(Exception):
     """Base of every error that TRAWL raises on purpose; the command line prints it on one line and exits with 2."""
@@ -43,5 +45,14 @@ class LoadError(TrawlError):
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string when none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:SHOWN], list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """Repeat a wrong value on one line, cut short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, nesting without end
+        text = f"of type {type(value).__name__} and too large to show"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

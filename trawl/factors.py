@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from trawl.errors import LoadError, ShapeError
+from trawl.errors import LoadError, ShapeError, shown
 from trawl.shards import sealed
+from trawl.untrusted import parse_json
 
 FORMAT_VERSION = 1
 
@@ -181,13 +182,16 @@ class Factors:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["trawl"])
+                header = parse_json((file.metadata() or {})["trawl"].encode())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise LoadError(f"{path} is not a readable factor file: {e}; delete it and decompose again") from e
+        if not isinstance(header, dict):
+            raise LoadError(f"{path} is not a factor file: its header is {shown(header)}")
         if header.get("format_version") != FORMAT_VERSION:
             raise LoadError(
-                f"{path} has factor format version {header.get('format_version')!r}; this trawl reads {FORMAT_VERSION}"
+                f"{path} has factor format version {shown(header.get('format_version'))}; "
+                f"this trawl reads {FORMAT_VERSION}"
             )
         try:
             factors = cls(
@@ -200,9 +204,11 @@ class Factors:
                 converged=bool(header["converged"]),
                 weighted_error=header.get("weighted_error"),
             )
-        except (KeyError, ShapeError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, ShapeError) as e:
             raise LoadError(f"{path} does not hold one set of factors: {e}; delete it and decompose again") from e
-        return factors, header["metadata"]
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise LoadError(f"{path} holds factors that are no floating-point numbers; delete it and decompose again")
+        return factors, header.get("metadata") or {}
 
 
 def _exponents(part: Tensor, axes: tuple[int, ...] | None) -> Tensor:

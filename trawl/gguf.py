@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from trawl.errors import CheckpointError
+from trawl.shards import sync_folder, sync_tree
 
 LOG = logging.getLogger("trawl.gguf")
 SAMPLED_BYTES = 1 << 20
@@ -62,14 +63,18 @@ def convert(path: Path, out: Path) -> Path:
     if missing:
         raise CheckpointError(f"reading {path} needs {' and '.join(missing)}: pip install 'trawl-llm[gguf]'")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
+    private = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
     try:
+        partial = private / out.name  # as the umask says, while the folder around it is the user's alone
+        partial.mkdir()
         _convert_into(path, partial)
+        sync_tree(partial, files=True)
         if out.exists():  # another process was faster
             return out
         partial.rename(out)
+        sync_folder(out.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
     return out
 
 

@@ -31,8 +31,9 @@ from trawl.checkpoint import (
     read_json,
     refuse_quantized,
 )
-from trawl.errors import CheckpointError
+from trawl.errors import CheckpointError, shown
 
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of whichever client the library is built on
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NOT_WEIGHTS = [*(f"*{suffix}" for suffix in FOREIGN_WEIGHT_SUFFIXES), "original/*", "onnx/*", "openvino/*", "coreml/*"]
 
@@ -82,11 +83,11 @@ def _open_hub(model: str, revision: str | None, *, weights: bool) -> Checkpoint:
         ) from e
     except (HFValidationError, SafetensorsParsingError) as e:
         raise CheckpointError(f"{name}: {str(e).splitlines()[0]}") from e
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as e:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, HTTP_ERROR, OSError) as e:
         reason = "HF_HUB_OFFLINE is set" if _offline() else f"the hub cannot be reached ({type(e).__name__})"
         raise CheckpointError(
             f"no such folder: {model}; as a hub id it is not in the local cache and {reason}. "
-            "Connect, or give a local folder"
+            "Connect, or give a local folder; a download goes on where it broke off"
         ) from e
 
 
@@ -113,6 +114,8 @@ def _open_headers(model: str, revision: str | None) -> Checkpoint:
     sizes = {entry.path: getattr(entry, "size", 0) for entry in HfApi().list_repo_tree(model, revision=folder.name)}
     shards = []
     for shard, file in metadata.files_metadata.items():
+        if shard not in sizes:
+            raise CheckpointError(f"{model}: the index names the shard {shown(shard)}, which the repository has not")
         tensors = tuple(
             TensorInfo(name, tensor.dtype, tuple(tensor.shape), shard, *tensor.data_offsets)
             for name, tensor in sorted(file.tensors.items(), key=lambda item: item[1].data_offsets)

@@ -17,7 +17,7 @@ from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, make_moments
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import connected, local_path
 from trawl.decomposing import Spread, seal_stack
-from trawl.errors import PlanError
+from trawl.errors import CheckpointError, PlanError
 from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
@@ -129,6 +129,7 @@ def compress(
     started = time.perf_counter()
     check_anchored(recipe, calibrate, moments, factors, ray)
     checkpoint = open_checkpoint(model, revision)
+    state = checkpoint.state()
     planned = make_plan(checkpoint, recipe, family_file)
     workspace = Workspace(Path(out) if out is not None else default_out(planned))
     library = FactorLibrary.open(Path(factors)) if factors is not None else None
@@ -153,12 +154,51 @@ def compress(
     identity = run_identity(planned, library, source)
     if resume and (finished := read_report(workspace.out, identity)):
         LOG.warning("%s is complete already; nothing to resume", workspace.out)
+        workspace.clear()
         return finished
     side_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files)
     needed = planned.output_bytes + planned.work_bytes + side_bytes
     if isinstance(source, Calibration) and kept is None and not recipe.anchored:
         needed += source.nbytes
     workspace.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=needed)
+    check_together(planned, library, source, ray)
+    with (
+        connected(ray, device) as cluster,
+        workspace.locked(identity | {"files": state}, resume=resume, overwrite=overwrite),
+    ):
+        absmax = check_weights(planned, observer)
+        if isinstance(source, Calibration) and recipe.anchored:
+            planned = replace(planned, anchor=source)
+        else:
+            planned = replace(planned, moments=make_moments(source, kept or workspace.moments, observer))
+        spread = None
+        if cluster:
+            fingerprint = checkpoint.fingerprint
+            folder = planned.moments.path.absolute() if planned.moments else None
+            spread = Spread(cluster, local_path(model), revision, recipe, family_file, fingerprint, max_memory, folder)
+        seconds = decompose_stacks(
+            planned, workspace, absmax, where, library, spread=spread, max_memory=max_memory, observer=observer
+        )
+        errors = write_shards(planned, workspace, absmax, observer)
+        copy_side_files(checkpoint, workspace.staged)
+        write_config(planned, workspace.staged)
+        results = (load_result(planned, factor_path(workspace, item.stack)) for item in planned.stacks)
+        reports = tuple(
+            report_stack(item, result, errors, seconds[item.stack.name])
+            for item, result in zip(planned.stacks, results, strict=True)
+        )
+        report = Report(workspace.out, reports, time.perf_counter() - started)
+        write_records(planned, report, identity, workspace.staged)
+        check_unchanged(checkpoint, state, workspace)
+        workspace.publish()
+    return report
+
+
+def check_together(
+    planned: Plan, library: FactorLibrary | None, source: Calibration | Moments | None, ray: str | None
+) -> None:
+    """Raise PlanError for options that exclude one another."""
+    recipe = planned.recipe
     if library and ray is not None:
         raise PlanError("--ray spreads decompositions, and --factors needs none; leave one of the two out")
     if source and recipe.engine == "tensorly":
@@ -167,35 +207,17 @@ def compress(
         raise PlanError("a stack mode cannot be compressed by weighted error; give --rank INT, which keeps it")
     if library and source:
         raise PlanError("--factors takes factors as they are; moments weigh new ones: leave one of the two out")
-    with connected(ray, device) as cluster:
-        absmax = check_weights(planned, observer)
-        with workspace.locked(identity, resume=resume):
-            if isinstance(source, Calibration) and recipe.anchored:
-                planned = replace(planned, anchor=source)
-            else:
-                planned = replace(planned, moments=make_moments(source, kept or workspace.moments, observer))
-            spread = None
-            if cluster:
-                fingerprint = checkpoint.fingerprint
-                folder = planned.moments.path.absolute() if planned.moments else None
-                spread = Spread(
-                    cluster, local_path(model), revision, recipe, family_file, fingerprint, max_memory, folder
-                )
-            seconds = decompose_stacks(
-                planned, workspace, absmax, where, library, spread=spread, max_memory=max_memory, observer=observer
-            )
-            errors = write_shards(planned, workspace, absmax, observer)
-            copy_side_files(checkpoint, workspace.staged)
-            write_config(planned, workspace.staged)
-            results = (load_result(planned, factor_path(workspace, item.stack)) for item in planned.stacks)
-            reports = tuple(
-                report_stack(item, result, errors, seconds[item.stack.name])
-                for item, result in zip(planned.stacks, results, strict=True)
-            )
-            report = Report(workspace.out, reports, time.perf_counter() - started)
-            write_records(planned, report, identity, workspace.staged)
-            workspace.publish()
-    return report
+
+
+def check_unchanged(checkpoint: Checkpoint, state: Mapping[str, list[int]], workspace: Workspace) -> None:
+    """Raise CheckpointError, and throw away what was made, if the source's files are no longer those of the start."""
+    now = checkpoint.state()
+    if changed := [name for name in state if now[name] != state[name]]:
+        workspace.discard()
+        raise CheckpointError(
+            f"{checkpoint.folder / changed[0]} changed while it was being read, so that what was made of it is no one "
+            "model's and was thrown away; run the command again once nothing writes there"
+        )
 
 
 def check_anchored(recipe: Recipe, calibrate: Any, moments: Any, factors: Any = None, ray: str | None = None) -> None:
@@ -371,6 +393,7 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
         jobs = [(shard.name, shard.nbytes, partial(denoised.write, shard)) for shard in checkpoint.shards]
     total, done = planned.output_bytes, 0
     errors = SquaredErrors()
+    workspace.keep({name for name, _, _ in jobs})
 
     def advance(count: int) -> None:
         nonlocal done

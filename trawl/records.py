@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ from trawl.layout import ShardLayout, index_file
 from trawl.narrowing import Narrowing
 from trawl.planning import Plan, PlannedStack
 from trawl.recipe import Recipe
+from trawl.redaction import command_line, redacted
 from trawl.shards import sealed
 from trawl.stacking import format_layers
+from trawl.untrusted import LARGEST_YAML, own_file, parse_yaml
 from trawl.writing import SquaredErrors
 
 WEAK_ENERGY = 0.5
@@ -163,10 +164,10 @@ def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], st
     """
     record = {
         "write": planned.recipe.write,
-        "command": shlex.join(["trawl", *sys.argv[1:]]) if Path(sys.argv[0]).name == "trawl" else None,
+        "command": command_line(),
         "threads": torch.get_num_threads(),
         "seconds": round(report.seconds, 3),
-        "source": {"model": planned.checkpoint.origin, "revision": planned.checkpoint.revision},
+        "source": {"model": redacted(planned.checkpoint.origin), "revision": planned.checkpoint.revision},
         "family": {"name": planned.match.family, "assumed": list(planned.match.assumed)},
         "calibration": calibrated.to_json() if (calibrated := planned.moments or planned.anchor) else None,
         "identity": identity,
@@ -322,19 +323,32 @@ def _times(sizes: Sequence[int]) -> str:
     return " × ".join(str(size) for size in sizes)
 
 
+def _card(folder: Path) -> str:
+    """Return the beginning of a source's model card, empty where it has none."""
+    if not os.path.lexists(folder / "README.md"):
+        return ""
+    with own_file(folder, "README.md").open("rb") as file:
+        return file.read(LARGEST_YAML).decode("utf-8", errors="replace").replace("\r\n", "\n")
+
+
 def _front_matter(planned: Plan) -> str:
     """Return the card's metadata: the base model, tags, and what carries over from the source's card."""
     carried: dict[str, Any] = {}
-    source = planned.checkpoint.folder / "README.md"
-    if source.is_file() and (match := FRONT_MATTER.match(source.read_text(encoding="utf-8", errors="replace"))):
+    card = _card(planned.checkpoint.folder)
+    if match := FRONT_MATTER.match(card):
         try:
-            loaded = yaml.safe_load(match[1])
-        except yaml.YAMLError:
+            loaded = parse_yaml(match[1])
+        except ValueError:
             loaded = None  # a card with broken metadata has none to carry over
         if isinstance(loaded, dict):
             carried = {key: loaded[key] for key in CARRIED_METADATA if key in loaded}
     tags = ["trawl", "pruned" if planned.narrowed else "low-rank", planned.recipe.method]
-    metadata = {"base_model": planned.checkpoint.origin, "library_name": "transformers", **carried, "tags": tags}
+    metadata = {
+        "base_model": redacted(planned.checkpoint.origin),
+        "library_name": "transformers",
+        **carried,
+        "tags": tags,
+    }
     if planned.checkpoint.revision is None:  # a local path is no model on the hub, and says too much of this machine
         metadata["base_model"] = Path(planned.checkpoint.origin).name
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n"

@@ -29,23 +29,39 @@ class FileRange:
 
 @contextlib.contextmanager
 def sealed(path: Path) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing so that it appears whole or not at all: written aside, fsynced, renamed."""
+    """Open ``path`` for writing so that it appears whole or not at all: written aside, fsynced, renamed.
+
+    After an error nothing is left: what a failed fsync leaves on disk nobody knows, and a full disk needs the room.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell of
+            partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` durable: fsync the directory itself."""
+    """Make a rename inside ``folder`` durable: fsync the directory itself, or a file in the same way."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path, *, files: bool = False) -> None:
+    """Make what lies in a folder durable, at any depth: every name and, if asked, every file's bytes."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is inside comes before the folder that names it
+        if path.is_dir() or files:
+            sync_folder(path)
+    sync_folder(folder)
 
 
 def write_shard(path: Path, header: bytes, parts: Iterable[FileRange | Tensor]) -> None:

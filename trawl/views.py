@@ -23,7 +23,9 @@ from einops import EinopsError
 from einops.parsing import ParsedExpression
 from torch import Tensor
 
-from trawl.errors import ShapeError
+from trawl.errors import ShapeError, shown
+
+LONGEST_PATTERN = 200  # characters, with at most half as many axes
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -173,6 +175,10 @@ def parse(pattern: str) -> Groups:
 
     Raises: ShapeError: the pattern is malformed, or uses an ellipsis or a number.
     """
+    if len(pattern) > LONGEST_PATTERN:
+        raise ShapeError(
+            f"view pattern {shown(pattern)} has {len(pattern)} characters; expected at most {LONGEST_PATTERN}"
+        )
     try:
         parsed = ParsedExpression(pattern)
     except EinopsError as e:

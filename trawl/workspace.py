@@ -7,21 +7,22 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trawl.errors import PlanError, ResumeError
-from trawl.shards import sealed, sync_folder
+from trawl.shards import sealed, sync_folder, sync_tree
 
 
 @dataclass(frozen=True)
 class Workspace:
     """The folders of one run.
 
-    ``OUT.partial/`` holds ``run.json`` (the run's identity), ``factors/`` (sealed factor files), ``moments/`` (of a
-    calibration) and ``out/`` (what becomes OUT). Publishing renames ``out/`` to OUT and removes the rest.
+    ``OUT.partial/`` holds ``lock`` (held by the run that works there), ``run.json`` (the run's identity), ``factors/``
+    (sealed factor files), ``moments/`` (of a calibration) and ``out/`` (what becomes OUT). It is private to the user;
+    ``out/`` is made as the umask says. Publishing renames ``out/`` to OUT and removes the rest.
 
     Attributes:
         out: the folder that the run makes.
@@ -53,12 +54,12 @@ class Workspace:
     def _replaced(self) -> Path:
         return self.out.with_name(self.out.name + ".replaced")
 
-    def check(self, source: Path, *, resume: bool, overwrite: bool, needed: int) -> None:
+    def check(self, source: Path, *, resume: bool | None, overwrite: bool, needed: int) -> None:
         """Raise before anything is written if the output cannot be placed.
 
         Args:
             source: the checkpoint's folder.
-            resume: whether an interrupted run is to be gone on with.
+            resume: whether an interrupted run is to be gone on with; None where that is not possible.
             overwrite: whether an existing OUT, and an interrupted run, may be replaced.
             needed: bytes that the run will write.
         Raises: PlanError: the place is taken, inside the source, not writable, or too small.
@@ -70,12 +71,15 @@ class Workspace:
             )
         if out in origin.parents:
             raise PlanError(f"output {self.out} contains the source {source}; choose another folder with -o")
-        if self.out.exists() and not overwrite:
-            raise PlanError(f"output {self.out} exists; pass --overwrite to replace it, or another folder with -o")
-        if self.partial.exists() and not (resume or overwrite):
+        self._check_free(overwrite=overwrite)
+        if os.path.ismount(self.out):
             raise PlanError(
-                f"{self.partial} holds an interrupted run; pass --resume to go on, or --overwrite to start anew"
+                f"output {self.out} is a mount point, which no rename can replace; choose a folder inside it"
             )
+        self._check_partial()
+        if self.partial.exists() and not (resume or overwrite):
+            ways = "" if resume is None else "--resume to go on, or "
+            raise PlanError(f"{self.partial} holds an interrupted run; pass {ways}--overwrite to start anew")
         parent = next(folder for folder in (out.parent, *out.parent.parents) if folder.exists())
         if not os.access(parent, os.W_OK):
             raise PlanError(f"cannot write into {parent}; choose another folder with -o")
@@ -84,21 +88,51 @@ class Workspace:
         if needed > free:
             raise PlanError(f"the disk of {parent} is too small: {needed:,} bytes needed, {free:,} free")
 
+    def _check_free(self, *, overwrite: bool) -> None:
+        """Raise where OUT is there, be it a link to nowhere, and is not to be replaced."""
+        if os.path.lexists(self.out) and not overwrite:
+            raise PlanError(f"output {self.out} exists; pass --overwrite to replace it, or another folder with -o")
+
+    def _check_partial(self) -> None:
+        """Raise where the folder to work in is somebody else's, or another run works there now."""
+        if not os.path.lexists(self.partial):
+            return
+        known = {"lock", "run.json", "run.json.partial", "factors", "moments", "out"}
+        held = {path.name for path in self.partial.iterdir()} if self.partial.is_dir() else {""}
+        if held - known or self.partial.is_symlink():
+            raise PlanError(f"{self.partial} is no run's folder; move it away, or choose another -o")
+        if (self.partial / "lock").exists():
+            with self._held(fcntl.LOCK_SH):
+                pass
+
     @contextlib.contextmanager
-    def locked(self, identity: Mapping[str, Any], *, resume: bool) -> Iterator[None]:
+    def _held(self, how: int) -> Iterator[None]:
+        """Hold the lock file; it dies with the process."""
+        path = self.partial / "lock"
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, how | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise PlanError(f"another run is working in {self.partial}; wait for it, or choose another -o") from e
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise PlanError(f"another run has just finished in {self.partial}; look at {self.out}")
+            yield
+
+    @contextlib.contextmanager
+    def locked(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Iterator[None]:
         """Make the folders, hold them against a second run, and check what an interrupted run left.
+
+        An error that comes before anything is sealed leaves no folders.
 
         Args:
             identity: what the output depends on; kept in run.json.
             resume: whether sealed files of a run with the same identity are kept.
+            overwrite: as for :meth:`check`; another run may have made OUT since.
         Raises: ResumeError: the interrupted run was another one. PlanError: another process works there now.
         """
-        self.partial.mkdir(parents=True, exist_ok=True)
-        with (self.partial / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as e:
-                raise PlanError(f"another run is working in {self.partial}; wait for it, or choose another -o") from e
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self.partial.mkdir(mode=0o700, exist_ok=True)
+        with self._held(fcntl.LOCK_EX):
             record = self.partial / "run.json"
             if resume and record.exists():
                 self._check_identity(record, identity)
@@ -109,7 +143,35 @@ class Workspace:
                     file.write(json.dumps(identity, indent=2, sort_keys=True).encode())
             self.factors.mkdir(exist_ok=True)
             self.staged.mkdir(exist_ok=True)
-            yield
+            try:
+                self._check_free(overwrite=overwrite)
+                yield
+            except BaseException:
+                if self.partial.exists() and not any(self._sealed()):
+                    _remove(self.partial)
+                raise
+
+    def _sealed(self) -> Iterator[Path]:
+        """Yield what a resumed run could use."""
+        return (path for folder in (self.factors, self.moments, self.staged) for path in folder.rglob("*"))
+
+    def keep(self, names: Container[str]) -> None:
+        """Remove what an interrupted run staged, except for files of these names."""
+        for path in self.staged.iterdir():
+            if path.name not in names:
+                _remove(path)
+
+    def discard(self) -> None:
+        """Throw away what the run made so far, which nothing can go on from."""
+        for folder in (self.factors, self.moments, self.staged):
+            _remove(folder)
+
+    def clear(self) -> None:
+        """Remove what a run left that was killed right after its output had appeared."""
+        if (self.partial / "lock").exists():
+            with self._held(fcntl.LOCK_EX):
+                _remove(self._replaced)
+                _remove(self.partial)
 
     def _check_identity(self, record: Path, identity: Mapping[str, Any]) -> None:
         """Refuse to mix the sealed files of another run into this one."""
@@ -126,9 +188,9 @@ class Workspace:
 
     def publish(self) -> None:
         """Make the staged folder appear as OUT, by one rename, and remove the workspace."""
-        sync_folder(self.staged)
+        sync_tree(self.staged)
         _remove(self._replaced)
-        if self.out.exists():
+        if os.path.lexists(self.out):
             self.out.rename(self._replaced)
         self.staged.rename(self.out)
         sync_folder(self.out.resolve().parent)

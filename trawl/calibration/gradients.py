@@ -148,7 +148,8 @@ def _scratch(folder: Path, chain: BlockChain, windows: Tensor) -> Iterator[Path]
     """
     scratch = folder / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)  # of a pass that was killed
-    scratch.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(mode=0o700)
     try:
         needed = scratch_bytes(len(chain), windows.numel(), chain.model.config.get_text_config().hidden_size)
         if (free := shutil.disk_usage(scratch).free) < needed:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from trawl.errors import PlanError, suggestion
+from trawl.errors import PlanError, shown, suggestion
+from trawl.untrusted import parse_json
 
 FORMS = "ppl:FILE, qa:FILE, choice:FILE, pairs:FILE or lm:TASKNAME"
 PLAIN_TEMPLATE = "{query}"
+LARGEST_SCORE = 1e300  # beyond it, squares overflow
 ANSWER_TOKENS = 10  # new tokens in LASER's and TRAWL's question answering
 
 Record = TypeVar("Record")
@@ -161,8 +161,8 @@ def _integer(options: Mapping[str, str], name: str, least: int, spec: str) -> in
     if name not in options:
         return None
     text = options[name]
-    if not re.fullmatch(r"\d+", text) or int(text) < least:
-        raise PlanError(f"task {spec!r}: {name} is {text!r}; expected a whole number of at least {least}")
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise PlanError(f"task {spec!r}: {name} is {shown(text)}; expected a whole number of at least {least}")
     return int(text)
 
 
@@ -229,8 +229,8 @@ def _read_records(path: Path, parse: Callable[[int, dict[str, Any]], Record]) ->
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as e:
+            value = parse_json(line.encode())
+        except ValueError as e:
             raise PlanError(f"{path}:{number}: not JSON ({e}); expected one JSON object a line") from e
         if not isinstance(value, dict):
             raise PlanError(f"{path}:{number}: a JSON {type(value).__name__}; expected one JSON object a line")
@@ -255,15 +255,15 @@ def _choice(line: int, value: dict[str, Any]) -> Choice:
         raise ValueError(f"one choice; expected at least two: {expected}")
     gold = value.get("gold")
     if type(gold) is not int or not 0 <= gold < len(choices):
-        raise ValueError(f"gold is {gold!r}; expected the number of a choice, 0 to {len(choices) - 1}")
+        raise ValueError(f"gold is {shown(gold)}; expected the number of a choice, 0 to {len(choices) - 1}")
     return Choice(line, _text(value, "query", expected), choices, gold)
 
 
 def _pair(line: int, value: dict[str, Any]) -> Pair:
     expected = '{"sentence1": str, "sentence2": str, "score": number}'
     score = value.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ValueError(f"score is {score!r}; expected a number: {expected}")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < LARGEST_SCORE:
+        raise ValueError(f"score is {shown(score)}; expected a number: {expected}")
     return Pair(line, _text(value, "sentence1", expected), _text(value, "sentence2", expected), float(score))
 
 
@@ -273,7 +273,7 @@ def _text(value: dict[str, Any], key: str, expected: str) -> str:
     if key not in value:
         raise ValueError(f"no {key!r}{suggestion(key, value)}; expected {expected}")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{key} is {text!r}; expected a text that is not blank: {expected}")
+        raise ValueError(f"{key} is {shown(text)}; expected a text that is not blank: {expected}")
     return text
 
 
@@ -283,8 +283,8 @@ def _texts(value: dict[str, Any], key: str, expected: str) -> tuple[str, ...]:
     if key not in value:
         raise ValueError(f"no {key!r}{suggestion(key, value)}; expected {expected}")
     if not isinstance(texts, list) or not texts:
-        raise ValueError(f"{key} is {texts!r}; expected a list of texts: {expected}")
+        raise ValueError(f"{key} is {shown(texts)}; expected a list of texts: {expected}")
     for text in texts:
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{key} holds {text!r}; expected texts that tokenise to something")
+            raise ValueError(f"{key} holds {shown(text)}; expected texts that tokenise to something")
     return tuple(texts)

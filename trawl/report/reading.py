@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trawl.errors import PlanError
+from trawl.untrusted import parse_json
 
 RESULTS_NAME = "results.json"
 RECORD_NAME = "trawl.json"
 FORMAT_VERSION = 1
-ONE_LAYER = re.compile(r"\d+")
-RUN_OF_LAYERS = re.compile(r"(\d+)(?:-(\d+))?")
+ONE_LAYER = re.compile(r"[0-9]{1,4}")
+RUN_OF_LAYERS = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?")
 
 T = TypeVar("T")
 
@@ -244,8 +244,8 @@ def read_folder(folder: Path) -> Study | Output:
 def _understood(path: Path, read: Callable[[dict[str, Any]], T]) -> T:
     """Parse a JSON file; what is missing or of a wrong kind is said in one line."""
     try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as e:
         raise PlanError(f"{path} is not readable JSON: {e}; write it anew with the command that made it") from e
     if not isinstance(values, dict):
         raise PlanError(f"{path} holds a JSON {type(values).__name__}; expected an object")
@@ -259,8 +259,10 @@ def _understood(path: Path, read: Callable[[dict[str, Any]], T]) -> T:
         return read(values)
     except KeyError as e:
         raise PlanError(f"{path} has no {e}; write it anew with the command that made it") from e
-    except (TypeError, ValueError, AttributeError, IndexError) as e:
-        raise PlanError(f"{path} is not as trawl writes it: {e}; write it anew with the command that made it") from e
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
+        raise PlanError(
+            f"{path} is not as trawl writes it: {str(e)[:200]}; write it anew with the command that made it"
+        ) from e
 
 
 def read_study(values: Mapping[str, Any]) -> Study:

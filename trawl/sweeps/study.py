@@ -21,6 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from trawl.errors import PlanError
+from trawl.redaction import redacted
 from trawl.sweeps.scorer import Outcome
 from trawl.sweeps.scores import KEPT, LOSSES, Gain
 from trawl.sweeps.setup import Setup
@@ -79,8 +80,8 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except Exception as e:
         raise PlanError(
-            f"cannot open the study in {url or folder / 'study.journal'}: {' '.join(str(e).split())[:300]}; repair or "
-            "delete it, or choose another --storage"
+            f"cannot open the study in {redacted(url or str(folder / 'study.journal'))}: "
+            f"{redacted(' '.join(str(e).split()))[:300]}; repair or delete it, or choose another --storage"
         ) from e
 
 
