@@ -17,7 +17,7 @@ from trawl.checkpoint import BITS, Checkpoint
 from trawl.decompose import Method
 from trawl.descriptor import Descriptor, describe, describe_stack
 from trawl.errors import PlanError, RankError
-from trawl.families import ATTENTION, FamilyMatch, Placement, match_family
+from trawl.families import KIND_OF, FamilyMatch, Placement, match_family
 from trawl.layout import ShardLayout, factored_layout, reshaped_layout
 from trawl.narrowing import Narrowed, narrow
 from trawl.recipe import Recipe
@@ -245,6 +245,12 @@ def _stacks(chosen: list[Placement], recipe: Recipe) -> list[Stack]:
             f"stack {wide.name} lies in {len(wide.layers)} layers, and an anchored run goes block by block; pass "
             "--group-layers 1, or leave --anchored out"
         )
+    other = [part.role for part in chosen if KIND_OF[part.role] in ("cross", "ssm") or part.role in ("pos_q", "pos_k")]
+    if recipe.anchored and other:
+        raise PlanError(
+            f"an anchored run knows attention, FC and experts, and {other[0]} in roles {recipe.roles!r} is none of "
+            "them; choose other roles, or leave --anchored out"
+        )
     return stacks
 
 
@@ -311,9 +317,10 @@ def _notes(chosen: list[Placement], recipe: Recipe) -> list[str]:
     """Say which attention roles stack apart, and why."""
     by_shape: dict[tuple[int, int], list[str]] = {}
     for part in chosen:
-        if part.role in ATTENTION and part.role not in by_shape.setdefault(part.shape, []):
+        first = part.tower == chosen[0].tower and part.role in ("q", "k", "v", "o")
+        if first and part.role not in by_shape.setdefault(part.shape, []):
             by_shape[part.shape].append(part.role)
-    if len(by_shape) < 2 or recipe.share != "none":
+    if len(by_shape) < 2 or "k" not in {part.role for part in chosen} or recipe.share != "none":
         return []
     parts = " and ".join(f"{','.join(roles)} {shape}" for shape, roles in by_shape.items())
     return [f"attention roles of unequal shape stack apart (grouped-query attention): {parts}"]

@@ -10,13 +10,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trawl.decompose import CP, SVD, Method, Tucker
-from trawl.errors import PlanError, RankError, suggestion
-from trawl.families import ATTENTION, FC, OUTSIDE
+from trawl.errors import PlanError, RankError, shown, suggestion
+from trawl.families import KINDS, OUTSIDE, ROLES
 from trawl.stacking import Share, format_layers
+from trawl.untrusted import LARGEST_YAML, parse_yaml
 
 METHODS = ("cp", "tucker", "svd", "narrow")
 OutputWeighting = Literal["none", "fisher", "kronecker"]
-ROLE_GROUPS = {"fc": FC, "attn": ATTENTION, "all": ATTENTION + FC}
+ROLE_GROUPS = {**KINDS, "all": ROLES}
 
 
 class Recipe(BaseModel):
@@ -30,8 +31,8 @@ class Recipe(BaseModel):
             each selected layer.
         kv_heads: key-value heads that ``narrow`` leaves, with the query heads that share them.
         layers: ``"all"`` or a list such as ``"20-30,35"``, counted from 0.
-        roles: ``"fc"``, ``"attn"``, ``"all"``, or a comma-separated list of q, k, v, o, gate, up, down, and of embed
-            and lm_head, which lie outside the layers.
+        roles: ``"fc"``, ``"attn"``, ``"experts"``, ``"all"``, or a comma-separated list of q, k, v, o, gate, up, down
+            and the others in docs/families.md, and of embed and lm_head, which lie outside the layers.
         group_layers: layers stacked together: ``"all"`` or how many consecutive selected layers; 1 is layer by layer,
             the default of a recipe that shares, or is anchored.
         share: which matrices an ``svd`` gives one right factor: none, those of the grouped layers that read the same
@@ -65,7 +66,7 @@ class Recipe(BaseModel):
     write: Literal["dense", "factored"] = "dense"
     factor_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     allow_larger: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     n_iter_max: int | None = Field(default=None, ge=1)
     tol: float | None = Field(default=None, ge=0)
     compute: Literal["float32", "bf16"] = "float32"
@@ -84,7 +85,7 @@ class Recipe(BaseModel):
     @field_validator("roles", mode="before")
     @classmethod
     def _roles_as_text(cls, value: Any) -> Any:
-        return ",".join(value) if isinstance(value, (list, tuple)) else value
+        return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -224,23 +225,23 @@ def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
     unknown = [key for key in values if key not in Recipe.model_fields]
     if unknown:
         hint = suggestion(str(unknown[0]), Recipe.model_fields)
-        raise PlanError(f"{origin}: unknown key {unknown[0]!r}{hint} (known: {', '.join(Recipe.model_fields)})")
+        raise PlanError(f"{origin}: unknown key {shown(unknown[0])}{hint} (known: {', '.join(Recipe.model_fields)})")
     method = values.get("method", "cp")
     if method not in METHODS:
         raise PlanError(
-            f"{origin}: unknown method {method!r}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})"
+            f"{origin}: unknown method {shown(method)}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})"
         )
     if "rank" not in values and method != "narrow":
         raise PlanError(f"{origin}: no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
     group = values.get("group_layers", "all")
     if group != "all" and not (isinstance(group, int) and group >= 1):
-        raise PlanError(f"{origin}: group_layers is {group!r}; expected 'all' or a number of layers from 1")
+        raise PlanError(f"{origin}: group_layers is {shown(group)}; expected 'all' or a number of layers from 1")
     try:
         return Recipe(**values)
     except ValidationError as e:
         first = e.errors()[0]
         key = ".".join(str(part) for part in first["loc"][:1])
-        raise PlanError(f"{origin}: {key} is {first['input']!r}: {first['msg']}") from e
+        raise PlanError(f"{origin}: {key} is {shown(first['input'])}: {first['msg'][:200]}") from e
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -249,12 +250,14 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises: PlanError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(LARGEST_YAML + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise PlanError(f"cannot read recipe {path}: {e}") from e
-    except yaml.YAMLError as e:
-        reason = " ".join(str(e).split())
-        raise PlanError(f"recipe {path} is not valid YAML: {reason}") from e
+    try:
+        values = parse_yaml(text)
+    except ValueError as e:
+        raise PlanError(f"recipe {path} is not valid YAML: {e}") from e
     if not isinstance(values, dict):
         raise PlanError(f"recipe {path} holds {type(values).__name__}; expected a mapping such as 'rank: 64'")
     return values

@@ -12,9 +12,21 @@ from torch import Tensor
 
 from trawl.checkpoint import FLOAT_DTYPES, Checkpoint
 from trawl.errors import CheckpointError
-from trawl.families import ATTENTION, FC, Placement
+from trawl.families import KIND_OF, Placement
 
-READ_INNER = ("o", "down", "embed")  # every other role reads the residual stream, the hidden side
+READ_INNER = ("o", "cross_o", "ssm_out", "down", "expert_down", "embed")  # every other role reads the hidden side
+READ_ALIKE = {
+    role: source
+    for source, roles in {
+        "attn": ("q", "k", "v", "q_a", "kv_a"),
+        "cross": ("cross_k", "cross_v"),
+        "ssm": ("ssm_in", "ssm_gate"),
+        "fc": ("gate", "up"),
+        "experts": ("expert_gate", "expert_up"),
+    }.items()
+    for role in roles
+}
+"""What a role reads, where others of its layer read the same; of experts, those of the same expert."""
 
 Share = Literal["none", "input", "role"]
 
@@ -93,14 +105,17 @@ class Stack:
 def make_stacks(
     placements: Sequence[Placement], group_layers: int | None, *, single: bool = False, share: Share = "none"
 ) -> list[Stack]:
-    """Group slices into stacks: by run of layers, by kind (attention or FC), then by shape.
+    """Group slices into stacks: by tower, by run of layers, by kind (such as attention or FC), then by shape.
+
+    Experts stack layer by layer, whatever the runs: those of one layer are alike, and many.
 
     Args:
         placements: the selected slices.
         group_layers: layers in one stack; None puts all of them into one.
         single: whether every stack is one matrix (methods for one matrix).
         share: which slices are joined into that one matrix: those of a run of layers that read the same kind of input
-            (q, k and v; gate and up), or those of one role. The others, o and down among them, stay apart.
+            (q, k and v; gate and up; of one expert), or those of one role. The others, o and down among them, stay
+            apart.
     Returns: stacks in order of layer; slices of unequal shape (grouped-query K and V beside Q and O) never share one.
     """
     layers = sorted({part.layer for part in placements})
@@ -112,7 +127,7 @@ def make_stacks(
         if single:
             stacks += _matrices_of_group(members, share)
         else:
-            stacks += _stacks_of_group(members, format_layers(group))
+            stacks += _stacks_of_group(members)
     return stacks
 
 
@@ -121,37 +136,43 @@ def _matrices_of_group(members: Sequence[Placement], share: Share) -> list[Stack
     joined: dict[str, list[Placement]] = {}
     for part in members:
         joined.setdefault(_sharers(part, share), []).append(part)
-    return [
-        Stack(f"{_roles(parts)}.{format_layers({part.layer for part in parts})}", tuple(parts), len(parts) > 1)
-        for parts in joined.values()
-    ]
+    return [Stack(_matrix_name(parts), tuple(parts), len(parts) > 1) for parts in joined.values()]
+
+
+def _matrix_name(parts: Sequence[Placement]) -> str:
+    """Name a single or joined matrix by its roles, its layers and, where there is one, its expert."""
+    experts = {part.expert for part in parts}
+    ending = f".{min(experts)}" if len(experts) == 1 and min(experts) >= 0 else ""
+    return f"{_roles(parts)}.{format_layers({part.layer for part in parts})}{ending}"
 
 
 def _sharers(part: Placement, share: Share) -> str:
     """Name the slices that share a right factor with this one."""
-    if share == "none" or part.role in READ_INNER:
-        return f"{part.role}.{part.layer}"
-    if share == "role":
-        return part.role
-    return "attn" if part.role in ATTENTION else "fc"
+    if share == "none" or part.role not in READ_ALIKE:
+        return f"{part.role}.{part.layer}.{part.expert}"
+    if KIND_OF[part.role] == "experts":
+        return f"{part.role}.{part.layer}" if share == "role" else f"experts.{part.layer}.{part.expert}"
+    return f"{part.tower}.{part.role if share == 'role' else READ_ALIKE[part.role]}"
 
 
 def _roles(parts: Sequence[Placement]) -> str:
-    """Write roles without a gap, in order of first appearance."""
-    return "".join(dict.fromkeys(part.role for part in parts))
+    """Write roles without a gap, or with one where their names have several words, in order of first appearance."""
+    roles = dict.fromkeys(part.role for part in parts)
+    return ("-" if any("_" in role for role in roles) else "").join(roles)
 
 
-def _stacks_of_group(members: Sequence[Placement], layers: str) -> list[Stack]:
-    """Split one run of layers by kind and shape; a kind with several shapes is named by its roles."""
+def _stacks_of_group(members: Sequence[Placement]) -> list[Stack]:
+    """Split one run of layers by tower, kind and shape; a kind with several shapes is named by its roles."""
+    sets: dict[tuple[str, str, int], list[Placement]] = {}
+    for part in members:
+        kind = KIND_OF[part.role]
+        sets.setdefault((part.tower, kind, part.layer if kind == "experts" else -1), []).append(part)
     stacks = []
-    for kind, roles in (("attn", ATTENTION), ("fc", FC)):
-        of_kind = [part for part in members if part.role in roles]
-        for shape in dict.fromkeys(part.shape for part in of_kind):
-            slices = tuple(part for part in of_kind if part.shape == shape)
-            label = kind
-            if len(slices) < len(of_kind):
-                label = f"{kind}-{_roles(slices)}"
-            stacks.append(Stack(f"{label}.{layers}", slices))
+    for (_, kind, _), alike in sets.items():
+        for shape in dict.fromkeys(part.shape for part in alike):
+            slices = tuple(part for part in alike if part.shape == shape)
+            label = kind if len(slices) == len(alike) else f"{kind}-{_roles(slices)}"
+            stacks.append(Stack(f"{label}.{format_layers({part.layer for part in slices})}", slices))
     return stacks
 
 

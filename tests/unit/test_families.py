@@ -10,9 +10,21 @@ from safetensors import safe_open
 from transformers import AttentionInterface
 from transformers.activations import ACT2FN
 
-from tests.zoo import GROUPED, HIDDEN, INNER, LAYERS, ZOO, build_zoo, randomize, save_model, save_unlisted, save_zoo
+from tests.zoo import (
+    EVERY,
+    GROUPED,
+    HIDDEN,
+    INNER,
+    LAYERS,
+    ZOO,
+    build_zoo,
+    randomize,
+    save_model,
+    save_unlisted,
+    save_zoo,
+)
 from trawl.errors import FamilyError, ShapeError
-from trawl.families import ATTENTION, FC, ROLES, load_family, match_family, packaged_families
+from trawl.families import FC, ROLES, load_family, match_family, packaged_families
 from trawl.families.expressions import evaluate
 
 
@@ -201,8 +213,8 @@ def test_the_gemma3_wrapper_as_transformers_saves_it(tmp_path):
 
 
 def test_gemma3_defaults_are_those_of_its_config_class():
-    default, family = transformers.Gemma3TextConfig(), packaged_families()["gemma3"]
-    fields = {"layers": family.layers, **dict(family.sizes)}
+    default, (tower,) = transformers.Gemma3TextConfig(), packaged_families()["gemma3"].towers
+    fields = {"layers": tower.layers, **dict(tower.sizes)}
     for name, (field, number) in fields.items():
         assert getattr(default, field) == int(number), name
 
@@ -312,7 +324,7 @@ def test_half_a_layer_is_inferred_where_the_other_half_is_unknown(llama):
     assert match.roles == FC
     assert "roles q, k, v, o were not found and pass through" in match.assumed
     match = match_family({**config, "model_type": "moe"}, {n: s for n, s in shapes.items() if "down_proj" not in n})
-    assert match.roles == ATTENTION
+    assert match.roles == ("q", "k", "v", "o")
 
 
 @pytest.mark.parametrize(
@@ -365,7 +377,7 @@ def test_a_file_of_ones_own(tmp_path):
         ("  up:", "  upp:", r"mine\.yaml: roles: unknown key 'upp'; did you mean 'up'\?"),
         ("tensor: qkv", "tensors: qkv", r"roles\.k: unknown key 'tensors'; did you mean 'tensor'\?"),
         ("tensor: qkv, ", "", r"roles\.k\.tensor is None"),
-        ("layer: block_{layer}/", "layer: block/", r"layer is 'block/'; expected a path with one \{layer\}"),
+        ("layer: block_{layer}/", "layer: block/", r"layer is 'block/'; expected a path with \{layer\}"),
         ("layers: depth", "", r"mine\.yaml: layers is None"),
         ("layers: depth", "layers: open('x')", r"layers: size \"open\('x'\)\" may hold only"),
         ("hidden // heads", "hidden / heads", r"sizes\.dim: size 'hidden / heads' may hold only"),
@@ -413,10 +425,12 @@ def test_an_unreadable_file(tmp_path, content):
 def test_packaged_files_list_each_model_type_once_and_the_zoo_has_each():
     listed = [name for family in packaged_families().values() for name in family.model_types]
     assert len(listed) == len(set(listed))
-    assert set(listed) == {*ZOO, "gemma3"}
-    for name, entry in ZOO.items():
-        assert name in packaged_families()[entry.family].model_types
+    for entry in EVERY.values():
         assert all(role in ROLES for role in entry.roles)
+    made = {getattr(transformers, entry.config).model_type: entry.family for entry in EVERY.values()}
+    families = {name: family.name for family in packaged_families().values() for name in family.model_types}
+    alike = {"mt5": "t5", "clip_text_model": "clip_tower", "siglip_text_model": "clip_tower"}
+    assert families == {**made, **alike, "siglip_vision_model": "clip_tower"}
 
 
 # ---- expressions
@@ -424,10 +438,22 @@ def test_packaged_files_list_each_model_type_once_and_the_zoo_has_each():
 
 @pytest.mark.parametrize(
     ("expression", "value"),
-    [("3", 3), ("a", 7), ("a + 2 * b", 13), ("(a - b) * b", 12), ("a // b", 2), ("a + missing", None), ("null", None)],
+    [
+        ("3", 3),
+        ("a", 7),
+        ("a + 2 * b", 13),
+        ("(a - b) * b", 12),
+        ("a // b", 2),
+        ("a + missing", None),
+        ("null", None),
+        ("a % b", 1),
+        ("a if yes else b", 7),
+        ("a if no else b", 3),
+        ("a if none else b", None),
+    ],
 )
 def test_expressions(expression, value):
-    assert evaluate(expression, {"a": 7, "b": 3, "null": None}) == value
+    assert evaluate(expression, {"a": 7, "b": 3, "null": None, "yes": True, "no": False}) == value
 
 
 @pytest.mark.parametrize(
@@ -444,7 +470,8 @@ def test_expressions(expression, value):
         "1.5",
         "'a'",
         "True",
-        "a if b else a",
+        "a if b + 1 else a",
+        "a if b else f(a)",
         "__import__('os')",
     ],
 )

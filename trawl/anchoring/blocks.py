@@ -25,7 +25,14 @@ from trawl.planning import Plan, PlannedStack
 from trawl.stacking import READ_INNER, StoredSlices
 from trawl.writing import fill, slice_of
 
-STAGES = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # in the order of the computation
+STAGES = (  # in the order of the computation
+    ("q", "k", "v", "q_a", "kv_a"),
+    ("q_b", "kv_b"),
+    ("o",),
+    ("gate", "up", "expert_gate", "expert_up"),
+    ("down",),
+    ("expert_down",),
+)
 ADDED = 1e-3  # relative difference up to which an output counts as added to the residual stream
 
 

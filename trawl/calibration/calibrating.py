@@ -16,10 +16,10 @@ from trawl.calibration.outputs import write_output_record
 from trawl.calibration.text import RANDOM_TOKENS, Text, cut_windows, random_windows, read_text
 from trawl.checkpoint import Checkpoint
 from trawl.errors import LoadError, PlanError
-from trawl.families import ATTENTION, FamilyMatch
+from trawl.families import FamilyMatch
 from trawl.observers import Observer, silent
 from trawl.recipe import OutputWeighting
-from trawl.stacking import READ_INNER
+from trawl.stacking import READ_ALIKE, READ_INNER
 from trawl.tokens import encode_plain, position_limit, prefix_tokens
 
 WINDOW = 1024
@@ -101,12 +101,11 @@ class Calibration:
         return 4 * (block + 2 * moments + 2 * self.tokens * parts[0].shape[1])
 
     @property
-    def _widths(self) -> dict[tuple[int, str, bool], int]:
-        """Width of every input: of attention and FC, from the residual stream and from the inner side."""
+    def _widths(self) -> dict[tuple[int, str, int], int]:
+        """Width of every input, by layer, by what reads it, and by expert."""
         return {
-            (part.layer, "attn" if part.role in ATTENTION else "fc", inner): part.shape[0 if inner else 1]
+            (part.layer, READ_ALIKE.get(part.role, part.role), part.expert): part.shape[part.role not in READ_INNER]
             for part in self.match.placements
-            for inner in (part.role in READ_INNER,)
         }
 
     def __str__(self) -> str:

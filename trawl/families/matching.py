@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from trawl.errors import FamilyError, ShapeError, suggestion
-from trawl.families.description import ATTENTION, FC, GENERIC, ROLES, Family, Role, load_family, packaged_families
+from trawl.errors import FamilyError, ShapeError
+from trawl.families.description import EXPERTS, ROLES, Family, Role, Storage, Tower
 from trawl.families.expressions import evaluate
 from trawl.views import View, flatten, parse
 
@@ -21,11 +21,13 @@ class Placement:
     """One role of one layer: the stored tensor that holds it and the view that cuts it out.
 
     Attributes:
-        layer: 0-based; -1 outside the layers.
+        layer: 0-based, counted through all towers; -1 outside the layers.
         role: one of ``trawl.families.ROLES`` or, outside the layers, of ``trawl.families.OUTSIDE``.
         tensor: name in the checkpoint.
         view: from the stored tensor to the slice; one object is shared by all layers.
         shape: (inner, hidden) of the slice.
+        tower: that the layer stands in; empty where there is one only.
+        expert: 0-based; -1 for a role that every token passes.
     """
 
     layer: int
@@ -33,6 +35,8 @@ class Placement:
     tensor: str
     view: View
     shape: tuple[int, int]
+    tower: str = ""
+    expert: int = -1
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,14 @@ class FamilyMatch:
     Attributes:
         family: name of the family file.
         assumed: what was inferred instead of read from a family file, in words; empty for a listed model type.
-        layers: number of layers.
-        placements: every role of every layer, by layer and then in the order of ``ROLES``.
+        layers: number of layers, in all towers.
+        placements: every role of every layer, by layer, then in the order of ``ROLES``, then by expert.
         inner_field: the config field that holds the FC's inner width, where the family names one.
         head_fields: the config fields of query heads, key-value heads and head size, where the family names them.
         section: the nested config that holds these fields, where there is one.
         sizes: axis sizes that the family works out from the config.
         outside: token embeddings and head, by role; one and the same placement where they are tied.
+        towers: the layers of each tower, by its name; of several towers none has the four fields above.
     """
 
     family: str
@@ -60,6 +65,7 @@ class FamilyMatch:
     section: str | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     outside: Mapping[str, Placement] = field(default_factory=dict)
+    towers: Mapping[str, range] = field(default_factory=dict)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -68,66 +74,52 @@ class FamilyMatch:
         return tuple(role for role in ROLES if role in present)
 
 
-def match_family(config: Mapping[str, Any], tensors: Shapes, family_file: Path | None = None) -> FamilyMatch:
-    """Find the roles of a checkpoint's layers.
-
-    A given family file is used as it is; otherwise the packaged file that lists the config's model_type; otherwise the
-    layout is inferred from names and shapes, and the match says what was assumed.
+def place_roles(
+    family: Family, config: Mapping[str, Any], tensors: Shapes, assumed: tuple[str, ...] = ()
+) -> FamilyMatch:
+    """Place every role of a family whose description is complete.
 
     Args:
+        family: its description.
         config: the parsed config.json.
         tensors: shape of every tensor in the checkpoint, by name.
-        family_file: a user's own family file.
-    Returns: the match; its placements cover every layer, with no role missing from some of them.
-    Raises: FamilyError: no family fits, a role's tensor is missing, or the layers do not agree with the config.
-        ShapeError: a role's tensor has another shape than the config says.
-    Cost: O(tensors · prefixes) string matches.
+        assumed: what the description itself rests on, in words.
+    Returns: the match.
+    Raises: FamilyError: a role's tensor is missing, or the layers do not agree with the config. ShapeError: a role's
+        tensor has another shape than the config says.
     """
-    if family_file is not None:
-        return _match(load_family(family_file), config, tensors)
-    model_type = config.get("model_type")
-    for family in packaged_families().values():
-        if model_type in family.model_types:
-            return _match(family, config, tensors)
-    return _infer(packaged_families()[GENERIC], config, tensors)
-
-
-def _match(family: Family, config: Mapping[str, Any], tensors: Shapes, assumed: tuple[str, ...] = ()) -> FamilyMatch:
-    """Place every role of a family whose description is complete."""
-    fields = _fields(family, config)
-    sizes = _sizes(family, fields)
-    count = _first(family.layers, fields)
-    if count is None or count < 1:
-        fields_tried = _or(family.layers)
+    found, expected, first = [], "", 0
+    for tower in family.towers:
+        fields = fields_of(tower, config)
+        prefix = max(tower.prefixes, key=lambda prefix: _count(tower, prefix, fields, tensors))
+        if not _count(tower, prefix, fields, tensors):
+            expected = expected or _example(family, tower, prefix, fields)
+            continue
+        found.append(_Laid(family, tower, prefix, fields, _sizes(family, tower, fields), tensors, first))
+        first += found[-1].count
+    if not found:
         raise FamilyError(
-            f"config.json gives {count or 'no'} layers by {fields_tried} of family {family.name}; expected 1 or more"
-        )
-    found = max((_found(family, prefix, tensors) for prefix in family.prefixes), key=lambda found: len(found.names))
-    if not found.names:
-        example = _name(family, found.prefix, 0, family.roles[0].tensors[0])
-        raise FamilyError(
-            f"no tensor of family {family.name} found: expected names like {example}; {describe_matrices(tensors)}; "
+            f"no tensor of family {family.name} found: expected names like {expected}; {describe_matrices(tensors)}; "
             "pass --family FILE.yaml to say where the roles are"
         )
-    _check_layers(family, found, count)
-    views = {role.name: _view(family, role, sizes) for role in family.roles}
-    placements = []
-    for layer in range(count):
-        for role, view in views.items():
-            tensor = found.names[layer, role]
-            shape = _shape(family, role, tensor, view, tensors[tensor])
-            placements.append(Placement(layer, role, tensor, view, shape))
-    section = family.config_section if isinstance(config.get(family.config_section or ""), Mapping) else None
+    placements = tuple(placement for laid in found for placement in laid.placements())
+    towers = {laid.tower.name: range(laid.first, laid.first + laid.count) for laid in found}
+    outside = _outside(family, found[0].prefix, found[0].fields, tensors)
+    if len(found) > 1:
+        return FamilyMatch(family.name, assumed, first, placements, outside=outside, towers=towers)
+    (laid,) = found
+    section = laid.tower.config_section
     return FamilyMatch(
         family.name,
         assumed,
-        count,
-        tuple(placements),
-        family.inner_field,
-        family.head_fields,
-        section,
-        sizes,
-        _outside(family, found.prefix, fields, tensors),
+        first,
+        placements,
+        laid.tower.inner_field,
+        laid.tower.head_fields,
+        section if isinstance(config.get(section or ""), Mapping) else None,
+        laid.sizes,
+        outside,
+        towers,
     )
 
 
@@ -146,91 +138,189 @@ def _outside(family: Family, prefix: str, fields: Mapping[str, Any], tensors: Sh
     return found
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The role tensors under one prefix, by (layer, role)."""
+def _names(tower: Tower, prefix: str, role: Role, names: Mapping[str, Any]) -> Iterator[tuple[Storage, str]]:
+    """Yield every full name that a role may be stored under, with the way of storing it, the first choice first."""
+    layer = prefix + _fill(tower.layer, names)
+    for way in role.ways:
+        for tensor in way.tensors:
+            yield way, layer + _fill(tensor, names)
 
+
+def _fill(text: str, names: Mapping[str, Any]) -> str:
+    """Put the values of expressions in braces in their place."""
+    if "{" not in text:
+        return text
+    return re.sub(r"\{([^{}]*)\}", lambda match: str(evaluate(match[1], names)), text)
+
+
+def _count(tower: Tower, prefix: str, fields: Mapping[str, Any], tensors: Shapes) -> int:
+    """Return how many roles stand under a prefix, of the first expert; layers beyond the first gap are not counted."""
+    total, layer = 0, 0
+    while here := sum(
+        any(name in tensors for _, name in _names(tower, prefix, role, {**fields, "layer": layer, "expert": 0}))
+        for role in tower.roles
+    ):
+        total, layer = total + here, layer + 1
+    return total
+
+
+def _example(family: Family, tower: Tower, prefix: str, fields: Mapping[str, Any]) -> str:
+    """Return the name that a tower's first role would have."""
+    _layer_count(family, tower, fields)
+    names = _names(tower, prefix, tower.roles[0], {**fields, "layer": 0, "expert": 0})
+    return next(name for _, name in names)
+
+
+def _layer_count(family: Family, tower: Tower, fields: Mapping[str, Any]) -> int:
+    """Return how many layers the config says a tower has."""
+    count = first_known(tower.layers, fields)
+    if count is None or count < 1:
+        raise FamilyError(
+            f"config.json gives {count or 'no'} layers by {_or(tower.layers)} of family {family.name}; "
+            "expected 1 or more"
+        )
+    return count
+
+
+@dataclass(eq=False)
+class _Laid:
+    """One tower laid over a checkpoint's tensors; its layers are counted from ``first``."""
+
+    family: Family
+    tower: Tower
     prefix: str
-    names: dict[tuple[int, str], str]
+    fields: Mapping[str, Any]
+    sizes: dict[str, int]
+    tensors: Shapes
+    first: int
+    views: dict[tuple[str, Storage, int], View] = field(default_factory=dict)
 
+    @cached_property
+    def count(self) -> int:
+        """Number of layers."""
+        return _layer_count(self.family, self.tower, self.fields)
 
-def _found(family: Family, prefix: str, tensors: Iterable[str]) -> _Found:
-    """Collect the tensors under a prefix that carry a role's name; a role's earlier name wins."""
-    before, after = family.layer.split("{layer}")
-    pattern = re.compile(re.escape(prefix + before) + r"(\d+)" + re.escape(after) + "(.+)")
-    rank = {(role.name, name): i for role in family.roles for i, name in enumerate(role.tensors)}
-    best: dict[tuple[int, str], tuple[int, str]] = {}
-    for tensor in tensors:
-        if not (match := pattern.fullmatch(tensor)):
-            continue
-        for role in family.roles:
-            if (i := rank.get((role.name, match[2]))) is not None:
-                key = int(match[1]), role.name
-                best[key] = min(best.get(key, (i, tensor)), (i, tensor))
-    return _Found(prefix, {key: tensor for key, (_, tensor) in best.items()})
+    def placements(self) -> Iterator[Placement]:
+        """Yield every role of every layer, after checking that none is missing or left over."""
+        self._check_end()
+        absent = {role.name for role in self.tower.roles if role.optional and not self._anywhere(role)}
+        for layer in range(self.count):
+            for role in self.tower.roles:
+                stored = None if role.name in absent else self._find(role, layer, 0)
+                if stored is None:
+                    self._check_absent(role, layer, absent)
+                    continue
+                yield self._place(role, layer, stored, -1 if role.name not in EXPERTS else 0)
+                if role.name in EXPERTS:
+                    yield from self._other_experts(role, layer, stored)
 
+    def _other_experts(self, role: Role, layer: int, first: tuple[Storage, str]) -> Iterator[Placement]:
+        """Yield a role of a layer for every expert but the first."""
+        experts = self.sizes["experts"]
+        for expert in range(1, experts):
+            stored = self._find(role, layer, expert)
+            if stored is None or stored[0] != first[0]:
+                raise self._missing(role, layer, expert)
+            yield self._place(role, layer, stored, expert)
+        last = self._find(role, layer, experts)
+        if last is not None and last[1] != first[1]:
+            raise FamilyError(
+                f"{last[1]} is expert {experts} (counted from 0), but config.json says {experts} experts "
+                f"({_or(self.tower.experts)})"
+            )
 
-def _check_layers(family: Family, found: _Found, count: int) -> None:
-    """Require every role in layers 0 to count - 1, and in no other."""
-    source = f"config.json says {count} layers ({_or(family.layers)})"
-    last, role = max(found.names)
-    if last >= count:
-        raise FamilyError(f"{found.names[last, role]} is in layer {last} (counted from 0), but {source}")
-    for layer in range(count):
-        for each in family.roles:
-            if (layer, each.name) not in found.names:
-                names = [_name(family, found.prefix, layer, name) for name in each.tensors]
-                have = sorted({layer for layer, role in found.names if role == each.name})
+    def _find(self, role: Role, layer: int, expert: int) -> tuple[Storage, str] | None:
+        """Return how and where a role of a layer is stored; None where it is not."""
+        names = {**self.fields, **self.sizes, "layer": layer, "expert": expert}
+        return next((found for found in _names(self.tower, self.prefix, role, names) if found[1] in self.tensors), None)
+
+    def _anywhere(self, role: Role) -> bool:
+        """Whether a role is stored in any layer that the checkpoint can have."""
+        return any(self._find(role, layer, 0) for layer in range(min(self.count, len(self.tensors))))
+
+    def _check_end(self) -> None:
+        """Require that no role is stored in a layer behind the last."""
+        end = self.count + (first_known(self.tower.spare, self.fields) or 0)
+        for role in self.tower.roles:
+            if stored := self._find(role, end, 0):
+                raise FamilyError(f"{stored[1]} is in layer {end} (counted from 0), but {self._source}")
+
+    def _check_absent(self, role: Role, layer: int, absent: Iterable[str]) -> None:
+        """Require that a layer may lack a role."""
+        if role.name in absent:
+            return
+        other = next((each for each in self.tower.roles if each.name == role.unless), None)
+        if other is None or not self._find(other, layer, 0):
+            raise self._missing(role, layer, 0)
+
+    @property
+    def _source(self) -> str:
+        """Say how many layers there are, and where that stands."""
+        return f"config.json says {self.count} layers ({_or(self.tower.layers)})"
+
+    def _missing(self, role: Role, layer: int, expert: int) -> FamilyError:
+        """Describe a tensor that is not there."""
+        names = {**self.fields, **self.sizes, "layer": layer, "expert": expert}
+        wanted = [name for _, name in _names(self.tower, self.prefix, role, names)]
+        have = [n for n in range(min(self.count, len(self.tensors))) if self._find(role, n, 0)]
+        instead = f" or {role.unless}" if role.unless else ""
+        return FamilyError(
+            f"{_or(wanted)} is missing: {self._source}, and family {self.family.name} has role {role.name}{instead} in "
+            f"each; found it in {len(have)} layers{f', the last being {have[-1]}' if have else ''}. "
+            "Complete the checkpoint, or pass --family FILE.yaml"
+        )
+
+    def _place(self, role: Role, layer: int, stored: tuple[Storage, str], expert: int) -> Placement:
+        """Return one placement; an error names the tensor."""
+        way, tensor = stored
+        view = self._view(role, way, expert)
+        try:
+            slice_shape = view.shape(self.tensors[tensor])
+        except ShapeError as e:
+            raise ShapeError(
+                f"{tensor} (role {role.name} of family {self.family.name}): {e}, from config.json. "
+                "Weights and config.json do not belong together, or the layout is another: pass --family FILE.yaml"
+            ) from e
+        return Placement(self.first + layer, role.name, tensor, view, slice_shape, self.tower.name, expert)
+
+    def _view(self, role: Role, way: Storage, expert: int) -> View:
+        """Return the view of a role, with the sizes of its own axes; one object for all layers."""
+        key = role.name, way, expert if any("expert" in bound for _, *bounds in way.take for bound in bounds) else -1
+        if key not in self.views:
+            self.views[key] = self._make_view(role, way, expert)
+        return self.views[key]
+
+    def _make_view(self, role: Role, way: Storage, expert: int) -> View:
+        """Build a view from its description."""
+        take = []
+        for axis, *bounds in way.take:
+            start, stop = (evaluate(bound, {**self.sizes, "expert": expert}) for bound in bounds)
+            if start is None or stop is None:
                 raise FamilyError(
-                    f"{_or(names)} is missing: {source}, and family {family.name} has role {each.name} in each; "
-                    f"found it in {len(have)} layers{f', the last being {have[-1]}' if have else ''}. "
-                    "Complete the checkpoint, or pass --family FILE.yaml"
+                    f"family {self.family.name}: take of role {role.name} uses a name not under sizes: {bounds}"
                 )
+            take.append((axis, start, stop))
+        known = tuple((axis, self.sizes[axis]) for axis in flatten(parse(way.stored)) if axis in self.sizes)
+        try:
+            return View(way.stored, way.canonical, known, tuple(take))
+        except ShapeError as e:
+            raise FamilyError(
+                f"family {self.family.name}, role {role.name}: {e}; check the sizes and take in its file"
+            ) from e
 
 
-def _name(family: Family, prefix: str, layer: int, tensor: str) -> str:
-    """Return a tensor's full name."""
-    return prefix + family.layer.replace("{layer}", str(layer)) + tensor
-
-
-def _shape(family: Family, role: str, tensor: str, view: View, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the slice's shape; an error names the tensor."""
-    try:
-        return view.shape(shape)
-    except ShapeError as e:
-        raise ShapeError(
-            f"{tensor} (role {role} of family {family.name}): {e}, from config.json. "
-            "Weights and config.json do not belong together, or the layout is another: pass --family FILE.yaml"
-        ) from e
-
-
-def _view(family: Family, role: Role, sizes: Mapping[str, int]) -> View:
-    """Build the view of a role, with the sizes of its own axes."""
-    axes = flatten(parse(role.stored))
-    take = []
-    for axis, *bounds in role.take:
-        start, stop = (evaluate(bound, sizes) for bound in bounds)
-        if start is None or stop is None:
-            raise FamilyError(f"family {family.name}: take of role {role.name} uses a name not under sizes: {bounds}")
-        take.append((axis, start, stop))
-    known = tuple((axis, sizes[axis]) for axis in axes if axis in sizes)
-    try:
-        return View(role.stored, role.canonical, known, tuple(take))
-    except ShapeError as e:
-        raise FamilyError(f"family {family.name}, role {role.name}: {e}; check the sizes and take in its file") from e
-
-
-def _fields(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config's fields, those of the family's nested section first."""
-    section = config.get(family.config_section) if family.config_section else None
+def fields_of(tower: Tower, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config's fields, those of the tower's nested section first."""
+    section = config.get(tower.config_section) if tower.config_section else None
     return {**config, **section} if isinstance(section, Mapping) else dict(config)
 
 
-def _sizes(family: Family, fields: Mapping[str, Any]) -> dict[str, int]:
-    """Evaluate a family's sizes in order; later ones may use earlier ones."""
+def _sizes(family: Family, tower: Tower, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Evaluate a tower's sizes in order; later ones may use earlier ones."""
     sizes: dict[str, int] = {}
-    for axis, expressions in family.sizes:
-        value = _first(expressions, {**fields, **sizes})
+    experts = (("experts", tower.experts),) if tower.experts else ()
+    for axis, expressions in (*experts, *tower.sizes):
+        value = first_known(expressions, {**fields, **sizes})
         if value is None:
             raise FamilyError(
                 f"config.json has no {_or(expressions)}, which family {family.name} needs for the size of axis {axis}"
@@ -243,7 +333,7 @@ def _sizes(family: Family, fields: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _first(expressions: Iterable[str], names: Mapping[str, Any]) -> int | None:
+def first_known(expressions: Iterable[str], names: Mapping[str, Any]) -> int | None:
     """Return the value of the first expression whose names are all known."""
     return next((value for each in expressions if (value := evaluate(each, names)) is not None), None)
 
@@ -264,84 +354,3 @@ def describe_matrices(tensors: Shapes, limit: int = 12) -> str:
     shown = [f"{name} {shape}" for name, shape in sorted(folded.items())[:limit]]
     more = f", and {len(folded) - limit} more names" if len(folded) > limit else ""
     return f"2-D tensors seen: {', '.join(shown)}{more}"
-
-
-SAME_WIDTH = (("q", "o"), ("k", "v"), ("up", "down"), ("gate", "up"))
-
-
-def _infer(generic: Family, config: Mapping[str, Any], tensors: Shapes) -> FamilyMatch:
-    """Match an unlisted model type whose tensors are named and shaped like those of llama."""
-    model_type, fields = config.get("model_type"), _fields(generic, config)
-    listed = [name for family in packaged_families().values() for name in family.model_types]
-    unknown = f"model_type {model_type!r} is not listed"
-    near = suggestion(str(model_type), listed)
-    fix = f"{describe_matrices(tensors)}; pass --family FILE.yaml to say where the roles are{near}"
-    hidden = _first(dict(generic.sizes)["hidden"], fields)
-    if hidden is None:
-        raise FamilyError(f"{unknown}, and config.json has no {_or(dict(generic.sizes)['hidden'])} to go by; {fix}")
-    prefix, found = _best_prefix(generic, tensors, hidden)
-    roles = _complete_roles(found)
-    if not roles:
-        raise FamilyError(
-            f"{unknown}, and no layer has weights named like q_proj k_proj v_proj o_proj or up_proj down_proj "
-            f"with an axis of hidden size {hidden}; {fix}"
-        )
-    assumed = _assumptions(unknown, found, roles, hidden)
-    kept = tuple(role for role in generic.roles if role.name in roles)
-    family = replace(generic, prefixes=(prefix,), roles=kept)
-    try:
-        match = _match(family, config, tensors, assumed)
-    except (FamilyError, ShapeError) as e:
-        raise FamilyError(f"{unknown}, and read as llama-like it does not fit: {e}") from e
-    _check_widths(match, f"{unknown}, and read as llama-like it does not fit", fix)
-    return match
-
-
-def _best_prefix(generic: Family, tensors: Shapes, hidden: int) -> tuple[str, dict[tuple[int, str], str]]:
-    """Return the layer prefix with most role tensors that fit the hidden size, and those tensors."""
-    known = {tensor for role in generic.roles for tensor in role.tensors}
-    numbers = ((name, number) for name in tensors for number in re.finditer(r"(?<![^.])\d+\.", name))
-    prefixes = {name[: number.start()] for name, number in numbers if name[number.end() :] in known}
-    best: tuple[str, dict[tuple[int, str], str]] = "", {}
-    for prefix in sorted(prefixes):
-        fitting = {
-            key: name
-            for key, name in _found(generic, prefix, tensors).names.items()
-            if len(tensors[name]) == 2 and tensors[name][0 if key[1] in ("o", "down") else 1] == hidden
-        }
-        if len(fitting) > len(best[1]):
-            best = prefix, fitting
-    return best
-
-
-def _complete_roles(found: Mapping[tuple[int, str], str]) -> tuple[str, ...]:
-    """Return the roles of the groups that are there as a whole; the gate alone may be absent."""
-    present = {role for _, role in found}
-    whole = [group for group in (ATTENTION, FC) if all(role in present for role in group if role != "gate")]
-    return tuple(role for group in whole for role in group if role in present)
-
-
-def _assumptions(
-    unknown: str, found: Mapping[tuple[int, str], str], roles: tuple[str, ...], hidden: int
-) -> tuple[str, ...]:
-    """Say in words what an inferred match rests on."""
-    examples = [next(name for (_, each), name in sorted(found.items()) if each == role) for role in roles]
-    absent = [role for role in ROLES if role not in roles]
-    return (
-        f"{unknown}: read as llama-like from its tensors' names and shapes",
-        *(f"role {role} is {name}" for role, name in zip(roles, examples, strict=True)),
-        f"weights are stored (out, in) as nn.Linear does; the residual stream has hidden size {hidden}",
-        *([f"roles {', '.join(absent)} were not found and pass through"] if absent else []),
-    )
-
-
-def _check_widths(match: FamilyMatch, what: str, fix: str) -> None:
-    """Require the inferred inner widths of one layer's roles to agree."""
-    placed = {(each.layer, each.role): each for each in match.placements}
-    for layer in range(match.layers):
-        for one, other in SAME_WIDTH:
-            a, b = placed.get((layer, one)), placed.get((layer, other))
-            if a and b and a.shape[0] != b.shape[0]:
-                raise FamilyError(
-                    f"{what}: {a.tensor} has inner width {a.shape[0]} and {b.tensor} {b.shape[0]}; expected one; {fix}"
-                )

@@ -140,6 +140,11 @@ def fc_widths(match: FamilyMatch, layers: Sequence[int], width: Width) -> dict[i
     full = {part.layer: part.shape[0] for part in match.placements if part.role == "down"}
     if not full:
         raise PlanError(f"family {match.family} has no role down, whose input would be narrowed; narrow cannot cut it")
+    if bare := [layer for layer in layers if layer not in full]:
+        raise PlanError(
+            f"layer {bare[0]} of family {match.family} has no role down, whose input would be narrowed, but experts, "
+            "which narrow leaves as they are; leave that layer out of --layers"
+        )
     if isinstance(width, tuple):
         if len(width) != len(layers):
             raise PlanError(

@@ -23,6 +23,7 @@ from trawl.planning import Plan, PlannedStack, make_plan, match_checkpoint
 from trawl.recipe import Recipe
 from trawl.shards import tensor_bytes
 from trawl.stacking import Stack, scan
+from trawl.views import View
 from trawl.writing import DenseWriter, SquaredErrors
 
 FACTORS_IN_HAND = 4  # a fused tensor holds slices of a few stacks, which its writing asks for in turn
@@ -185,11 +186,11 @@ class WeightEditor:
 
     def _check_apart(self, planned: Sequence[PlannedStack]) -> None:
         """Require that no slice is in two stacks, and no changed tensor is another by a second name."""
-        seen: dict[tuple[str, str], Stack] = {}
+        seen: dict[tuple[str, View], Stack] = {}
         stored: dict[int, str] = {}
         for stack in (item.stack for item in planned):
             for part in stack.slices:
-                place = (part.tensor, part.role)
+                place = (part.tensor, part.view)
                 if place in seen:  # by the same stack given twice, too
                     other = seen[place]
                     raise PlanError(
