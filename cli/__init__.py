@@ -47,8 +47,8 @@ for command in (inspect, plan, compress, densify, diff, evaluate, sweep, report)
     trawl.add_command(command)
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM, as a job scheduler sends it: the same as Ctrl-C."""
+class Stopped(BaseException):
+    """SIGTERM, as a job scheduler sends it; no KeyboardInterrupt, of which click makes another exception."""
 
 
 def main() -> None:

@@ -160,7 +160,7 @@ class Checkpoint:
             if shard not in self._handles:
                 self._handles[shard] = safe_open(self.folder / shard, framework="pt")
             tensor: Tensor = self._handles[shard].get_tensor(name)
-        except (OSError, SafetensorError) as e:
+        except (OSError, SafetensorError, RuntimeError) as e:  # RuntimeError: no room in memory to map the file
             raise CheckpointError(f"{self.folder / shard}: cannot read {name}: {e}") from e
         return tensor
 

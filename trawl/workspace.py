@@ -168,7 +168,8 @@ class Workspace:
 
     def clear(self) -> None:
         """Remove what a run left that was killed right after its output had appeared."""
-        if (self.partial / "lock").exists():
+        self._check_partial()
+        if self.partial.exists():
             with self._held(fcntl.LOCK_EX):
                 _remove(self._replaced)
                 _remove(self.partial)
