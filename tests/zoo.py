@@ -355,6 +355,8 @@ MORE: dict[str, ZooEntry] = {
             "max_position_embeddings": 64,
             "use_cache": False,
             "encoder_hash_byte_group_vocab": 30,
+            "patching_threshold": 100.0,
+            "max_patch_length": 4,
             "patcher_config": BYTES,
             "encoder_config": BYTES,
             "decoder_config": {**BYTES, "cross_attn_all_layers": True},

@@ -15,7 +15,7 @@
     roles:
       k: {tensor: self_attn.qkv.weight, view: (heads part head_dim) hidden, take: {part: 1}}
       o: {tensor: self_attn.o_proj.weight, view: hidden width -> width hidden}
-      up: {tensor: mlp.up_proj.weight, view: inner hidden, unless: expert_up}  # a layer has the one or the other
+      up: {tensor: mlp.up_proj.weight, view: inner hidden, unless: router.weight}  # only in layers without a router
       gate: {tensor: mlp.wi_0.weight, view: inner hidden, optional: true}      # all layers have it, or none
       expert_up:                          # a list: ways of storing it, of which the first one present counts
         - {tensor: "experts.{expert}.w3.weight", view: inner hidden}
@@ -105,13 +105,13 @@ class Role:
         name: one of ``ROLES``.
         ways: of storing it, of which the first one present counts.
         optional: whether the model may do without it, in all its layers.
-        unless: the role that a layer without this one has in its place.
+        unless: name after the layer's path of a tensor beside which a layer may do without it; empty for none.
     """
 
     name: str
     ways: tuple[Storage, ...]
     optional: bool = False
-    unless: str | None = None
+    unless: str = ""
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -200,8 +200,8 @@ def parse_family(text: str, name: str, source: str) -> Family:
     shared = {key: data[key] for key in TOWER_KEYS if key in data}
     own = data.get("towers", {"": {}})
     _known_keys(own, None, f"{source}: towers")
-    if not own:
-        raise FamilyError(f"{source}: towers is empty; name one, or leave it out")
+    if not 0 < len(own) <= MOST_ITEMS:
+        raise FamilyError(f"{source}: towers has {len(own)} entries; name 1 to {MOST_ITEMS}, or leave it out")
     where = {tower: f"{source}: towers.{tower}" if tower else source for tower in own}
     return Family(
         name=name,
@@ -271,12 +271,12 @@ def _role(name: str, data: Any, where: str) -> Role:
         raise FamilyError(f"{where} is empty; expected one way of storing it or several")
     for number, way in enumerate(ways):
         _known_keys(way, WAY_KEYS if number else ROLE_KEYS, where)
-    optional, unless = ways[0].get("optional", False), ways[0].get("unless")
+    optional, unless = ways[0].get("optional", False), ways[0].get("unless", "")
     if not isinstance(optional, bool):
         raise FamilyError(f"{where}.optional is {optional!r}; expected true or false")
-    if unless is not None and unless not in ROLES:
-        raise FamilyError(f"{where}.unless is {unless!r}; expected one of {', '.join(ROLES)}")
-    return Role(name, tuple(_way(name, way, where) for way in ways), optional, unless)
+    if not isinstance(unless, str):
+        raise FamilyError(f"{where}.unless is {shown(unless)}; expected the name of a tensor")
+    return Role(name, tuple(_way(name, way, where) for way in ways), optional, _path(unless, f"{where}.unless"))
 
 
 def _way(role: str, data: Mapping[str, Any], where: str) -> Storage:

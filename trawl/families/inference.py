@@ -74,9 +74,9 @@ def _best_prefix(tower: Tower, tensors: Shapes, hidden: int) -> tuple[str, dict[
     """Return the layer prefix with most role tensors that fit the hidden size, and those tensors."""
     known = {tensor for role in tower.roles for tensor in role.tensors}
     numbers = ((name, number) for name in tensors for number in re.finditer(r"(?<![^.])\d+\.", name))
-    prefixes = {name[: number.start()] for name, number in numbers if name[number.end() :] in known}
+    prefixes = Counter(name[: number.start()] for name, number in numbers if name[number.end() :] in known)
     best: tuple[str, dict[tuple[int, str], str]] = "", {}
-    for prefix in sorted(prefixes):
+    for prefix in sorted(dict(prefixes.most_common(MOST_PREFIXES))):  # each is compared with every name
         fitting = {
             key: name
             for key, name in _found(tower, prefix, tensors).items()
@@ -89,7 +89,7 @@ def _best_prefix(tower: Tower, tensors: Shapes, hidden: int) -> tuple[str, dict[
 
 def _found(tower: Tower, prefix: str, tensors: Iterable[str]) -> dict[tuple[int, str], str]:
     """Collect the tensors under a prefix that carry a role's name, by (layer, role); an earlier name wins."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.(.+)")
     rank = {(role.name, name): i for role in tower.roles for i, name in enumerate(role.tensors)}
     best: dict[tuple[int, str], tuple[int, str]] = {}
     for tensor in tensors:

@@ -102,7 +102,11 @@ def place_roles(
             f"no tensor of family {family.name} found: expected names like {expected}; {describe_matrices(tensors)}; "
             "pass --family FILE.yaml to say where the roles are"
         )
-    placements = tuple(placement for laid in found for placement in laid.placements())
+    placements = tuple(islice((placement for laid in found for placement in laid.placements()), MOST_PLACES + 1))
+    if len(placements) > MOST_PLACES:
+        raise FamilyError(
+            f"family {family.name} finds more than {MOST_PLACES:,} matrices by config.json's layers and experts"
+        )
     towers = {laid.tower.name: range(laid.first, laid.first + laid.count) for laid in found}
     outside = _outside(family, found[0].prefix, found[0].fields, tensors)
     if len(found) > 1:
@@ -156,9 +160,11 @@ def _fill(text: str, names: Mapping[str, Any]) -> str:
 def _count(tower: Tower, prefix: str, fields: Mapping[str, Any], tensors: Shapes) -> int:
     """Return how many roles stand under a prefix, of the first expert; layers beyond the first gap are not counted."""
     total, layer = 0, 0
-    while here := sum(
-        any(name in tensors for _, name in _names(tower, prefix, role, {**fields, "layer": layer, "expert": 0}))
-        for role in tower.roles
+    while layer < MOST_LAYERS and (
+        here := sum(
+            any(name in tensors for _, name in _names(tower, prefix, role, {**fields, "layer": layer, "expert": 0}))
+            for role in tower.roles
+        )
     ):
         total, layer = total + here, layer + 1
     return total
@@ -174,10 +180,10 @@ def _example(family: Family, tower: Tower, prefix: str, fields: Mapping[str, Any
 def _layer_count(family: Family, tower: Tower, fields: Mapping[str, Any]) -> int:
     """Return how many layers the config says a tower has."""
     count = first_known(tower.layers, fields)
-    if count is None or count < 1:
+    if count is None or not 1 <= count <= MOST_LAYERS:
         raise FamilyError(
             f"config.json gives {count or 'no'} layers by {_or(tower.layers)} of family {family.name}; "
-            "expected 1 or more"
+            f"expected 1 to {MOST_LAYERS:,}"
         )
     return count
 
@@ -249,8 +255,8 @@ class _Laid:
         """Require that a layer may lack a role."""
         if role.name in absent:
             return
-        other = next((each for each in self.tower.roles if each.name == role.unless), None)
-        if other is None or not self._find(other, layer, 0):
+        names = {**self.fields, **self.sizes, "layer": layer}
+        if not role.unless or self.prefix + _fill(self.tower.layer + role.unless, names) not in self.tensors:
             raise self._missing(role, layer, 0)
 
     @property
@@ -263,10 +269,10 @@ class _Laid:
         names = {**self.fields, **self.sizes, "layer": layer, "expert": expert}
         wanted = [name for _, name in _names(self.tower, self.prefix, role, names)]
         have = [n for n in range(min(self.count, len(self.tensors))) if self._find(role, n, 0)]
-        instead = f" or {role.unless}" if role.unless else ""
+        instead = f" without {role.unless}" if role.unless else ""
         return FamilyError(
-            f"{_or(wanted)} is missing: {self._source}, and family {self.family.name} has role {role.name}{instead} in "
-            f"each; found it in {len(have)} layers{f', the last being {have[-1]}' if have else ''}. "
+            f"{_or(wanted)} is missing: {self._source}, and family {self.family.name} has role {role.name} in "
+            f"each{instead}; found it in {len(have)} layers{f', the last being {have[-1]}' if have else ''}. "
             "Complete the checkpoint, or pass --family FILE.yaml"
         )
 
