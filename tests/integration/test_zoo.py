@@ -8,8 +8,10 @@ import torch
 import transformers
 
 import trawl
-from tests.zoo import ZOO
+from tests.zoo import EVERY, MORE, ZOO, answer
 from trawl.checkpoint import Checkpoint, open_folder
+from trawl.errors import PlanError
+from trawl.families import EXPERTS
 from trawl.planning import match_checkpoint
 from trawl.stacking import Place
 from trawl.writing import multiply_out
@@ -18,7 +20,7 @@ RANKS = {"cp": 4, "tucker": (2, 5, 6), "svd": 4}
 
 
 def load(name: str, folder: Path) -> torch.nn.Module:
-    model, info = getattr(transformers, ZOO[name].auto).from_pretrained(folder, output_loading_info=True)
+    model, info = getattr(transformers, EVERY[name].auto).from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     return model.eval()
@@ -135,3 +137,80 @@ def test_multiply_out_measures_transposed_and_plain_outputs_alike():
     torch.testing.assert_close(turned, plain)
     assert first == pytest.approx(second)
     assert first[0] == pytest.approx(float((original - plain).square().sum()) / 4)
+
+
+# ---- every other architecture: fewer runs each, because there are many
+
+
+def changed_tensors(old: Checkpoint, new: Checkpoint) -> set[str]:
+    assert [shard.header for shard in new.shards] == [shard.header for shard in old.shards]
+    return {tensor for tensor in old.tensors if stored_bytes(old, tensor) != stored_bytes(new, tensor)}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_full_rank_in_every_stack_gives_the_same_answer(name, zoo, tmp_path):
+    source = zoo(name)
+    out, expected = source, set()
+    planned = trawl.plan(source, trawl.Recipe(method="tucker", rank=1))
+    assert set(planned.match.roles) == set(EVERY[name].roles)
+    by_shape = {}
+    for item in planned.stacks:  # a triple fits one shape, so shapes go one after the other, each from the last output
+        key = item.stack.shape, item.stack.roles
+        by_shape.setdefault(key, []).extend(item.stack.layers)
+        expected |= set(item.stack.tensors)
+    for number, ((shape, roles), layers) in enumerate(by_shape.items()):
+        recipe = {"method": "tucker", "rank": shape, "roles": roles, "group_layers": "all"}
+        for tower in {part.tower for part in planned.match.placements if part.layer in layers}:
+            chosen = [layer for layer in planned.match.towers[tower] if layer in layers]
+            target = tmp_path / f"{number}-{tower}"
+            for stack in trawl.compress(out, trawl.Recipe(**recipe, layers=chosen), target).stacks:
+                assert stack.relative_error < 1e-5
+                assert stack.shape == stack.rank == shape
+            out = target
+    assert changed_tensors(open_folder(source), open_folder(out)) <= expected
+    mine, base = answer(name, load(name, out)), answer(name, load(name, source))
+    assert float((mine - base).abs().max()) < 1e-4 * float(base.abs().max())
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_rank_one_changes_exactly_the_chosen_roles(name, zoo, tmp_path):
+    source, chosen = zoo(name), EVERY[name].roles[1::2]
+    trawl.compress(source, trawl.Recipe(method="svd", rank=1, roles=chosen), tmp_path / "out")
+    old, new = open_folder(source), open_folder(tmp_path / "out")
+    holders = set()
+    for part in match_checkpoint(old).placements:
+        before, after = (part.view.apply(each.read(part.tensor)) for each in (old, new))
+        assert torch.equal(before, after) == (part.role not in chosen), part
+        if part.role in chosen:
+            holders.add(part.tensor)
+            assert torch.linalg.matrix_rank(after, rtol=1e-4) == 1
+    assert changed_tensors(old, new) == holders
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_factored_answers_as_dense_does_and_experts_are_refused(name, zoo, tmp_path):
+    source, roles = zoo(name), EVERY[name].roles
+    recipe = {"method": "tucker", "rank": 2, "allow_larger": True}
+    if set(EXPERTS) & set(roles):
+        with pytest.raises(PlanError, match=r"holds experts.*--write dense"):
+            trawl.plan(source, trawl.Recipe(**recipe, write="factored"))
+        roles = tuple(role for role in roles if role not in EXPERTS)
+    for write in ("dense", "factored"):
+        trawl.compress(source, trawl.Recipe(**recipe, roles=roles, write=write), tmp_path / write)
+    model = load(name, tmp_path / "factored")
+    dense, factored = answer(name, load(name, tmp_path / "dense")), answer(name, model)
+    assert float((dense - factored).abs().max()) < 1e-4 * float(dense.abs().max())
+    assert float((dense - answer(name, load(name, source))).abs().max()) > 1e-3 * float(dense.abs().max())
+
+
+def test_the_experts_of_a_layer_are_one_stack(zoo):
+    for name, count in (("mixtral", 15), ("granitemoe", 15), ("gpt_oss", 15), ("deepseek_v3", 18)):
+        planned = trawl.plan(zoo(name), trawl.Recipe(rank=2, roles="experts"))
+        layers = [1] if name == "deepseek_v3" else [0, 1]
+        assert [item.stack.name for item in planned.stacks] == [f"experts.{layer}" for layer in layers]
+        assert {item.stack.shape[0] for item in planned.stacks} == {count}
+    shared = trawl.plan(zoo("mixtral"), trawl.Recipe(method="svd", rank=2, roles="experts", share="input", layers=0))
+    names = [item.stack.name for item in shared.stacks]
+    assert names[:2] == ["expert_gate-expert_up.0.0", "expert_gate-expert_up.0.1"]
+    assert names[-1] == "expert_down.0.4"
+    assert len(names) == 10

@@ -1,6 +1,7 @@
 """Families: every role of every family against what transformers' own modelling code computes with it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from tests.zoo import (
 from trawl.errors import FamilyError, ShapeError
 from trawl.families import FC, ROLES, load_family, match_family, packaged_families
 from trawl.families.expressions import evaluate
+from trawl.families.table import render
 
 
 def read(folder: Path):
@@ -486,3 +488,10 @@ def test_expressions_that_are_refused(expression):
 def test_fields_that_are_refused(value, message):
     with pytest.raises(FamilyError, match=message):
         evaluate("a // b", {"a": 7, "b": value})
+
+
+def test_the_page_about_families_is_current_and_names_every_model_type():
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    assert page == render(), "run python -m trawl.families > docs/families.md"
+    for family in packaged_families().values():
+        assert all(re.search(rf"\b{re.escape(name)}\b", page) for name in family.model_types)

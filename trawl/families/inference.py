@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from trawl.errors import FamilyError, ShapeError, suggestion
 from trawl.families.description import FC, GENERIC, Family, Tower, load_family, packaged_families
 from trawl.families.matching import FamilyMatch, Shapes, describe_matrices, fields_of, first_known, place_roles
 
+MOST_PREFIXES = 100
 GROUPS = (("q", "k", "v", "o"), FC)  # taken whole or not at all
 SAME_WIDTH = (("q", "o"), ("k", "v"), ("up", "down"), ("gate", "up"))
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from trawl.errors import FamilyError, ShapeError
@@ -13,7 +14,12 @@ from trawl.families.description import EXPERTS, ROLES, Family, Role, Storage, To
 from trawl.families.expressions import evaluate
 from trawl.views import View, flatten, parse
 
+MOST_LAYERS = 10_000  # of one tower
+
 Shapes = Mapping[str, tuple[int, ...]]
+
+MOST_LAYERS = 10_000  # a config may say anything
+MOST_PLACES = 200_000  # of roles, layers and experts; the largest model known has 70,000
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class TrawlQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         narrow_modules(model, descriptor.narrow, locate)
         install(model, descriptor, locate)
         set_loading(model, True)
+        _spare_owners(model)
         _check_names(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
@@ -158,6 +159,17 @@ def make_locate(model: PreTrainedModel) -> Locate:
         return str(found)
 
     return locate
+
+
+def _spare_owners(model: PreTrainedModel) -> None:
+    """Mark as loaded what owns factored modules and nothing of its own to fill.
+
+    Its class may have an initialization that reads its modules' weights, as BltMLP's does, and they are empty by now.
+    """
+    for module in model.modules():
+        own = isinstance(module, PreTrainedModel) or [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not own and any(isinstance(child, FactoredLinear) for child in module.children()):
+            setattr(module, LOADED_MARK, True)
 
 
 def _check_names(model: PreTrainedModel) -> None:

@@ -16,6 +16,7 @@ from trawl.hf.embedding import FactoredEmbedding, embeds
 from trawl.hf.linear import FactoredLinear, FactorStack, Part, make_part, with_neighbours
 
 OUT_AXIS = {nn.Linear: 0, Conv1D: 1}  # the stored axis of each kind of module that is its output
+PLAIN_LINEAR = "FalconLinear"  # a subclass that computes the same, and is imported only where a model has it
 
 Module = nn.Linear | nn.Embedding  # Conv1D has the same attributes as nn.Linear
 
@@ -106,7 +107,12 @@ def _tied_weights(model: nn.Module) -> dict[str, str]:
 
 def _out_axis(module: Module) -> int:
     """Return the stored axis of a module's weight that is its output."""
-    return 1 if isinstance(module, nn.Embedding) else OUT_AXIS[type(module)]
+    return 1 if isinstance(module, nn.Embedding) else OUT_AXIS.get(type(module), OUT_AXIS[nn.Linear])
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight, and does nothing else but add a bias."""
+    return type(module) in OUT_AXIS or (isinstance(module, nn.Linear) and type(module).__name__ == PLAIN_LINEAR)
 
 
 def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate) -> tuple[str, Module]:
@@ -121,7 +127,7 @@ def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate)
             f"{what}, but {type(model).__name__} has no module {path}; load it with the class that config.json names "
             "under architectures"
         ) from e
-    if leaf != "weight" or not (type(module) in OUT_AXIS or embeds(module)):
+    if leaf != "weight" or not (_multiplies(module) or embeds(module)):
         raise LoadError(
             f"{what}, which in {type(model).__name__} belongs to a {type(module).__name__} and not to nn.Linear, "
             "Conv1D or nn.Embedding; write the checkpoint with --write dense"
