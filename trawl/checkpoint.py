@@ -197,7 +197,8 @@ class Checkpoint:
 
         Raises: CheckpointError: one of them is gone, or is a link to a place outside the folder.
         """
-        names = (*(shard.name for shard in self.shards), *map(str, self.side_files))
+        cards = [name for name in ("README.md", RECORD) if os.path.lexists(self.folder / name)]
+        names = (*(shard.name for shard in self.shards), *map(str, self.side_files), *cards)
         found = {name: own_file(self.folder, name).stat() for name in names}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
@@ -243,7 +244,10 @@ def open_folder(folder: Path, *, origin: str = "", revision: str | None = None, 
         raise CheckpointError(f"{folder} is not a folder; expected a checkpoint folder, a hub id, or a .gguf file")
     config = read_json(folder / "config.json", "model configuration")
     refuse_quantized(config, folder, factored=factored)
-    shards = tuple(read_shard(own_file(folder, name)) for name in shard_names(folder))
+    try:
+        shards = tuple(read_shard(own_file(folder, name)) for name in shard_names(folder))
+    except OSError as e:
+        raise CheckpointError(f"{e.filename or folder} cannot be read: {e.strerror}") from e
     checkpoint = Checkpoint(folder, config, shards, revision, origin or str(folder))
     check_index(checkpoint)
     return checkpoint
@@ -329,18 +333,14 @@ def index_shards(index_path: Path) -> list[str]:
 
 def read_shard(path: Path) -> Shard:
     """Read and check one shard's header; sizes from the file are compared with its real size before they are used."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has "
-                    f"{size}"
-                )
-            raw = file.read(length)
-    except OSError as e:
-        raise CheckpointError(f"{path} cannot be read: {e.strerror}") from e
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path} is truncated or not a safetensors file: its header claims {length} bytes, the file has {size}"
+            )
+        raw = file.read(length)
     return Shard(path.name, length.to_bytes(8, "little") + raw, parse_header(path, raw, size), size)
 
 

@@ -60,9 +60,12 @@ def empty_model(folder: Path, config: Mapping[str, Any], device: torch.device) -
     try:
         found = model_class(config.get("architectures") or ["AutoModel"])
         loaded = getattr(found, "config_class", None)
-        described = (loaded or AutoConfig).from_pretrained(folder)
+        described = (loaded or AutoConfig).from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = found(described) if loaded else found.from_config(described, dtype=torch.float32)
+            if loaded:
+                model = found(described)
+            else:
+                model = found.from_config(described, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = " ".join(str(e).split())
         raise LoadError(f"transformers {transformers.__version__} cannot build the model of {folder}: {reason}") from e

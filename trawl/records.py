@@ -175,7 +175,7 @@ def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], st
     }
     write_json(staged / "trawl.json", record)
     with sealed(staged / "README.md") as file:
-        file.write(model_card(planned, report, record).encode())
+        file.write(redacted(model_card(planned, report, record)).encode())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -344,7 +344,7 @@ def _front_matter(planned: Plan) -> str:
             carried = {key: loaded[key] for key in CARRIED_METADATA if key in loaded}
     tags = ["trawl", "pruned" if planned.narrowed else "low-rank", planned.recipe.method]
     metadata = {
-        "base_model": redacted(planned.checkpoint.origin),
+        "base_model": planned.checkpoint.origin,
         "library_name": "transformers",
         **carried,
         "tags": tags,

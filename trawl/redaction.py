@@ -42,5 +42,11 @@ def command_line(arguments: Sequence[str] | None = None) -> str | None:
         arguments = sys.argv[1:]
     shown: list[str] = []
     for argument in arguments:
-        shown.append(HIDDEN if shown and SECRET_OPTION.fullmatch(shown[-1]) else redacted(argument))
+        name, equals, _ = argument.partition("=")
+        if shown and SECRET_OPTION.fullmatch(shown[-1]):
+            shown.append(HIDDEN)
+        elif equals and SECRET_OPTION.fullmatch(name):
+            shown.append(f"{name}={HIDDEN}")
+        else:
+            shown.append(redacted(argument))
     return shlex.join(["trawl", *shown])

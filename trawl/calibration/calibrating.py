@@ -240,7 +240,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     from transformers import AutoTokenizer  # noqa: PLC0415 (a second)
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         reason = " ".join(str(e).split())
         raise LoadError(

@@ -164,7 +164,9 @@ def _load(
         path = gguf.converted(path)
     elif revision is not None and path.exists():
         raise LoadError(f"revision {revision} goes with a hub id; {name} is a local path")
-    pinned = {"revision": revision} if revision is not None else {}
+    pinned: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on a terminal
+    if revision is not None:
+        pinned["revision"] = revision
     config = _read_config(path, pinned)
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if named is not None:
@@ -181,7 +183,7 @@ def _load(
     return model, tokenizer
 
 
-def _read_config(path: Path, pinned: Mapping[str, str]) -> Any:
+def _read_config(path: Path, pinned: Mapping[str, Any]) -> Any:
     """Read a folder's or a hub id's configuration, or say in one line why there is none."""
     if path.is_dir():
         check_folder(path)

@@ -13,6 +13,7 @@ from trawl.descriptor_reader import parse_descriptor
 from trawl.errors import CheckpointError, LoadError
 from trawl.hf.quantizer import read_tensors
 from trawl.models import model_class
+from trawl.untrusted import own_file
 
 
 def load(path: str | Path, auto_class: Any = None, **arguments: Any) -> PreTrainedModel:
@@ -26,10 +27,24 @@ def load(path: str | Path, auto_class: Any = None, **arguments: Any) -> PreTrain
             the one that config.json names under ``architectures``.
         arguments: passed to ``from_pretrained``.
     Returns: the model in evaluation mode, with FactoredLinear modules where it is factored.
-    Raises: LoadError: the folder is incomplete, its shards, config.json and descriptor contradict each other, or the
-        described stacks do not fit the model; never is a partly loaded model returned.
+    Raises: LoadError: the folder is incomplete, its shards, config.json and descriptor contradict each other, the
+        described stacks do not fit the model, or it needs code of its own, which runs with ``trust_remote_code=True``
+        only; never is a partly loaded model returned.
     Cost: memory of the stored tensors; a replaced matrix is never formed.
     """
+    arguments = {"trust_remote_code": False, **arguments}  # else transformers asks on a terminal
+    try:
+        return _load(path, auto_class, arguments)
+    except ValueError as e:
+        if "trust_remote_code" not in str(e):
+            raise
+        raise LoadError(
+            f"{path} needs code of its own, which is not run; read it, and pass trust_remote_code=True to trawl.load"
+        ) from e
+
+
+def _load(path: str | Path, auto_class: Any, arguments: dict[str, Any]) -> Any:
+    """Check a folder and load its model, or that of a hub id."""
     folder = Path(path)
     if folder.is_dir():
         check_folder(folder)
@@ -54,7 +69,7 @@ def check_folder(folder: Path) -> Descriptor | None:
     """
     try:
         config = read_json(folder / "config.json", "model configuration")
-        files = [folder / name for name in shard_names(folder)]
+        files = [own_file(folder, name) for name in shard_names(folder)]
     except (CheckpointError, OSError) as e:
         raise LoadError(str(e)) from e
     tensors = read_tensors(files)
