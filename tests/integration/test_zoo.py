@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import trawl
-from tests.zoo import EVERY, MORE, ZOO, answer
+from tests.zoo import EVERY, MORE, ZOO, answer, build_zoo
 from trawl.checkpoint import Checkpoint, open_folder
 from trawl.errors import PlanError
 from trawl.families import EXPERTS
@@ -214,3 +215,31 @@ def test_the_experts_of_a_layer_are_one_stack(zoo):
     assert names[:2] == ["expert_gate-expert_up.0.0", "expert_gate-expert_up.0.1"]
     assert names[-1] == "expert_down.0.4"
     assert len(names) == 10
+
+
+RENAMED = ["mixtral", "qwen2_moe", "granitemoe", "vit", "gemma3"]
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_either_way_of_storing_gives_the_same_model_and_keeps_its_layout(name, zoo, tmp_path):
+    """What transformers renames and fuses while loading may lie on disk under either name, or be in memory."""
+    model, recipe = build_zoo(name), trawl.Recipe(method="tucker", rank=2)
+    raw = tmp_path / "raw"
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(raw)
+    save_file(
+        {key: tensor for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys},
+        raw / "model.safetensors",
+        {"format": "pt"},
+    )
+    stored, named = ({part.tensor for part in trawl.plan(each, recipe).match.placements} for each in (raw, zoo(name)))
+    assert stored - named
+    answers = []
+    for number, source in enumerate((zoo(name), raw)):
+        trawl.compress(source, recipe, tmp_path / f"{number}")
+        answers.append(answer(name, load(name, tmp_path / f"{number}")))
+    trawl.apply(model, recipe)
+    answers.append(answer(name, model))
+    for other in answers[1:]:
+        assert float((answers[0] - other).abs().max()) < 1e-4 * float(other.abs().max())
+    assert open_folder(tmp_path / "1").shards[0].header == open_folder(raw).shards[0].header

@@ -14,8 +14,6 @@ from trawl.families.description import EXPERTS, ROLES, Family, Role, Storage, To
 from trawl.families.expressions import evaluate
 from trawl.views import View, flatten, parse
 
-MOST_LAYERS = 10_000  # of one tower
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 MOST_LAYERS = 10_000  # a config may say anything
