@@ -41,6 +41,7 @@ def position_limit(model: Any, tokenizer: Any) -> int | None:
         getattr(owner, name, None)
         for owner, name in (
             (model.config.get_text_config(), "max_position_embeddings"),
+            (model.config.get_text_config(), "max_seq_len"),
             (tokenizer, "model_max_length"),
         )
     ]

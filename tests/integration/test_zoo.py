@@ -10,11 +10,13 @@ from safetensors.torch import save_file
 
 import trawl
 from tests.zoo import EVERY, MORE, ZOO, answer, build_zoo
+from trawl.calibration.streaming import open_chain
 from trawl.checkpoint import Checkpoint, open_folder
 from trawl.errors import PlanError
 from trawl.families import EXPERTS
 from trawl.planning import match_checkpoint
 from trawl.stacking import Place
+from trawl.tokens import position_limit
 from trawl.writing import multiply_out
 
 RANKS = {"cp": 4, "tucker": (2, 5, 6), "svd": 4}
@@ -243,3 +245,22 @@ def test_either_way_of_storing_gives_the_same_model_and_keeps_its_layout(name, z
     for other in answers[1:]:
         assert float((answers[0] - other).abs().max()) < 1e-4 * float(other.abs().max())
     assert open_folder(tmp_path / "1").shards[0].header == open_folder(raw).shards[0].header
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit", "has layers that read no tokens"),
+        ("clip", "has text, vision: calibration"),
+        ("blt", "has patcher, encoder, encoder_cross, global, decoder, decoder_cross: calibration"),
+        ("t5", "encoder-decoder model: two chains of blocks"),
+    ],
+)
+def test_a_model_that_is_no_chain_of_blocks_behind_tokens_is_not_calibrated(name, reason, zoo):
+    checkpoint = open_folder(zoo(name))
+    with pytest.raises(PlanError, match=rf"{reason}.*Leave --calibrate out"):
+        open_chain(checkpoint, match_checkpoint(checkpoint), torch.device("cpu"))
+
+
+def test_a_text_is_cut_to_the_positions_that_mpt_has():
+    assert position_limit(build_zoo("mpt"), None) == 64
