@@ -102,7 +102,7 @@ def compare(subject: Subject, moments: Moments, recipe: trawl.Recipe, options: a
     table = Table(*columns, *(["perplexity alone"] if options.alone else []))
     better = True
     for item in planned.stacks:
-        method = ranked(planned.method, item.stack.shape, options.keep)
+        method = ranked(recipe.decomposition(), item.stack.shape, options.keep)
         found, seconds = decomposed(subject.editor, moments, item, method)
         plain, weighted = (found[kind].weighted_error or 0.0 for kind in KINDS)
         better &= weighted < plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,9 +121,28 @@ def print_report(report: Report) -> None:
     errors = ("rel. error", "weighted error") if weighted else ("rel. error",)
     columns = ("stack", "shape", "rank", *errors, "kept energy", "parameters", "in factors", "sweeps", "seconds")
     print_table("stacks", columns, rows)
+    print_search(report.out)
     if report.weak_stacks:
         click.echo(f"warning: {weak_warning(report)}")
     rounding = max(stack.rounding_error for stack in report.stacks)
     if rounding:
         click.echo(f"rounding to the stored dtype moved no stack by more than {rounding:.1e} of its norm")
     click.echo(f"wrote {report.out} in {report.seconds:.1f} s")
+
+
+def print_search(out: Path) -> None:
+    """Say what a budget's choice does, where there was one."""
+    from trawl.budget import SEARCH_RECORD
+
+    if (out / SEARCH_RECORD).exists():
+        click.echo(damage_text(json.loads((out / SEARCH_RECORD).read_bytes())))
+
+
+def damage_text(found: dict[str, Any]) -> str:
+    """Return what a search came to, in words."""
+    predicted = found["predicted_damage"]
+    return (
+        f"kept {found['kept']:.4f} of the parameters that the budget is for; KL divergence from the original on "
+        f"calibration text {found['real_damage']:.4f} ± {found['real_damage_stderr']:.4f} nats a token"
+        + ("" if predicted is None else f", {predicted:.4f} predicted")
+    )

@@ -24,6 +24,11 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--rank", metavar="INT|R0,R1,R2", help="Rank; Tucker also takes (stack,inner,hidden)."),
     click.option("--width", metavar="F|INT|LIST", help="FC width for narrow: share, units, or units of each layer."),
     click.option("--kv-heads", type=int, help="Key-value heads for narrow to keep, with their query heads."),
+    click.option("--keep", type=float, metavar="F", help="Budget: share of the selected parameters to keep."),
+    click.option("--size", metavar="100MB", help="Budget: bytes of all shards."),
+    click.option(
+        "--plain", is_flag=True, default=None, help="Meet the budget by an ordinary checkpoint that needs no trawl."
+    ),
     click.option("--layers", metavar="20-30,35|all", help="Layers, counted from 0.  [default: all]"),
     click.option(
         "--roles",
@@ -120,6 +125,8 @@ def build_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
         given["rank"] = parse_rank(given["rank"])
     if "width" in given:
         given["width"] = parse_width(given["width"])
+    if "size" in given:
+        given["size"] = parse_bytes(given["size"], "--size")
     if str(given.get("group_layers", "all")).lstrip("-").isdigit():
         given["group_layers"] = int(given["group_layers"])
     base = read_recipe(recipe_file) if recipe_file else {}
@@ -154,11 +161,11 @@ def parse_width(text: str) -> int | float | tuple[int, ...]:
         ) from e
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, option: str = "--max-memory") -> int:
     """Read ``4GB``, ``500MB`` or a plain number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
-        raise click.BadParameter(f"{text!r} is not a size; expected 4GB or 500MB", param_hint="--max-memory")
+        raise click.BadParameter(f"{text!r} is not a size; expected 4GB or 500MB", param_hint=option)
     return int(float(match[1]) * 1000 ** " kMGT".upper().index(match[2].upper() or " "))
 
 

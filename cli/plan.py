@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
@@ -17,6 +18,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from trawl.planning import Plan
+    from trawl.recipe import Recipe
 
 
 @click.command()
@@ -40,10 +42,14 @@ def plan(
 ) -> None:
     """Show stacks, ranks, parameters, bytes and memory that compress would need; no weights are read.
 
+    With a budget (--keep, --size) the search is made, which takes a calibration; --moments keeps it for compress.
     Example: trawl plan HuggingFaceTB/SmolLM2-135M-Instruct --rank 64 --layers 20-29
     """
     recipe = build_recipe(recipe_file, options)
     calibration = calibration_arguments(calibrate, calibration_tokens, moments)
+    if recipe.budget:
+        plan_budget(model, recipe, revision, family_file, calibration, save_recipe=save_recipe, as_json=as_json)
+        return
     if save_recipe:
         click.echo(recipe.to_yaml(), nl=False)
         return
@@ -56,6 +62,50 @@ def plan(
         print_json(planned.to_json())
     else:
         print_plan(planned)
+
+
+def plan_budget(
+    model: str,
+    recipe: Recipe,
+    revision: str | None,
+    family_file: Path | None,
+    calibration: dict[str, Any],
+    *,
+    save_recipe: bool,
+    as_json: bool,
+) -> None:
+    """Search for a budget's recipe and print the choice with what it is predicted to do."""
+    import trawl
+
+    from .compress import damage_text
+    from .console import observing, print_json, print_table
+
+    with TemporaryDirectory() as scratch, observing(quiet=as_json or save_recipe) as observer:
+        folder = calibration.pop("moments", Path(scratch))
+        found = trawl.find_recipe(
+            model, recipe, folder, revision=revision, family_file=family_file, observer=observer, **calibration
+        )
+    if save_recipe:
+        click.echo(found.recipe.to_yaml(), nl=False)
+        return
+    values = found.to_json()
+    if as_json:
+        print_json(values | {"recipe": found.recipe.model_dump(mode="json")})
+        return
+    rows = [
+        [
+            piece["name"],
+            piece["structure"],
+            ", ".join(map(str, piece["sizes"])),
+            f"{piece['parameters_before']:,}",
+            f"{piece['parameters_after']:,}",
+            "" if piece["predicted_damage"] is None else f"{piece['predicted_damage']:.5f}",
+        ]
+        for piece in values["pieces"]
+    ]
+    columns = ("piece", "structure", "width or ranks", "parameters", "kept", "predicted damage")
+    print_table(f"{model}: choice for the budget", columns, rows, left=3)
+    click.echo(damage_text(values))
 
 
 def print_plan(planned: Plan) -> None:

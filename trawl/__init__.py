@@ -7,7 +7,7 @@ from trawl.decompose import CP, SVD, Tucker, decompose
 from trawl.densifying import densify
 from trawl.errors import TrawlError
 from trawl.factors import Factors
-from trawl.pipeline import compress, plan
+from trawl.pipeline import compress, find_recipe, plan
 from trawl.planning import Plan
 from trawl.recipe import Recipe
 from trawl.records import Report
@@ -34,6 +34,7 @@ __all__ = [
     "decompose",
     "densify",
     "evaluate",
+    "find_recipe",
     "load",
     "plan",
     "sweep",

@@ -36,7 +36,8 @@ def seal_stack(
 ) -> float:
     """Decompose a stack into a factor file, and return the seconds that it took."""
     started = time.perf_counter()
-    if planned.narrowed:
+    if item.method is None:
+        assert planned.narrowed is not None
         cut = next(cut for cut in planned.narrowed.cuts if cut.stack.name == item.stack.name)
         moment = planned.moments.input(cut.reader) if planned.moments else None
         assert moment is not None  # no role has experts of its own, so that each reader saw every token
@@ -47,7 +48,7 @@ def seal_stack(
     count = slice_counter(f"decomposing {item.stack.name}", observer)
     source = StoredSlices(planned.checkpoint, item.stack, absmax, device, count, max_memory)
     weights = stack_weights(planned.moments, item.stack) if planned.moments else None
-    factors = planned.method.decompose(source, weights=weights).to(device="cpu")
+    factors = item.method.decompose(source, weights=weights).to(device="cpu")
     factors.balanced().save(path, {"stack": item.to_json()})
     return time.perf_counter() - started
 

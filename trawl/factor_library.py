@@ -162,7 +162,7 @@ class FactorLibrary:
                 f"factor library {self.folder} has no factors of stack {item.stack.name} for {planned.recipe.method} "
                 f"rank {rank}: it is for ranks {_listed(self.ladder)}; use one of those"
             )
-        return nested_chain(planned.method, item.stack.shape, self.ladder)
+        return nested_chain(planned.recipe.decomposition(), item.stack.shape, self.ladder)
 
     def _path(self, identity: Mapping[str, Any], item: PlannedStack) -> Path:
         """Name the file of an identity: readable in front, unique at the end."""

@@ -42,14 +42,17 @@ class ShardLayout:
         return len(self.header) + sum(entry.nbytes for entry in self.entries)
 
 
-def factored_layout(checkpoint: Checkpoint, descriptor: Descriptor) -> tuple[ShardLayout, ...]:
-    """Lay out the shards of a factored checkpoint.
+def make_layout(
+    checkpoint: Checkpoint, descriptor: Descriptor, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[ShardLayout, ...]:
+    """Lay out the shards of a factored or a narrow checkpoint, or one that is both.
 
     Replaced tensors keep their place, empty; a stack's factors stand in front of its first slice, in the same shard.
 
     Args:
         checkpoint: the source.
         descriptor: its stacks.
+        shapes: the new shapes of tensors that get another one, by name.
     Returns: one layout per source shard, under the same names.
     """
     factors: dict[str, list[Entry]] = {}
@@ -61,7 +64,7 @@ def factored_layout(checkpoint: Checkpoint, descriptor: Descriptor) -> tuple[Sha
 
     def replace(entry: Entry) -> Iterable[Entry]:
         if entry.name not in descriptor.slices:
-            return (entry,)
+            return (Entry(entry.name, entry.dtype, shapes.get(entry.name, entry.shape)),)
         return (*factors.get(entry.name, ()), Entry(entry.name, entry.dtype, EMPTY))
 
     return tuple(_layout(shard, replace) for shard in checkpoint.shards)
@@ -85,20 +88,6 @@ def dense_layout(checkpoint: Checkpoint, descriptor: Descriptor) -> tuple[ShardL
         return (Entry(entry.name, entry.dtype, shapes.get(entry.name, entry.shape)),)
 
     return tuple(_layout(shard, restore) for shard in checkpoint.shards)
-
-
-def reshaped_layout(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ShardLayout, ...]:
-    """Lay out the shards of a checkpoint some of whose tensors get another shape.
-
-    Args:
-        checkpoint: the source.
-        shapes: the new shapes, by name.
-    Returns: one layout per shard, under the same names.
-    """
-    return tuple(
-        _layout(shard, lambda entry: (Entry(entry.name, entry.dtype, shapes.get(entry.name, entry.shape)),))
-        for shard in checkpoint.shards
-    )
 
 
 def _layout(shard: Shard, change: Callable[[Entry], Iterable[Entry]]) -> ShardLayout:

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
+from trawl.budget import SEARCH_RECORD, Found, find, search_folder
 from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, make_moments, open_moments, random_calibration
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import connected, local_path
 from trawl.decomposing import Spread, seal_stack
+from trawl.descriptor import Descriptor
 from trawl.errors import CheckpointError, PlanError
 from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
-from trawl.layout import ShardLayout
-from trawl.narrowing import Narrowing, NarrowWriter
+from trawl.narrowing import NarrowedTensors, Narrowing
 from trawl.observers import Observer, silent
-from trawl.planning import Plan, make_plan
+from trawl.planning import Plan, PlannedStack, make_plan
 from trawl.recipe import Recipe
 from trawl.records import Report, read_report, report_stack, write_index, write_json, write_records
 from trawl.shards import copy_file, sealed
@@ -60,6 +61,8 @@ def plan(
     Cost: reads headers; no shard of a hub checkpoint is downloaded.
     """
     check_anchored(recipe, calibrate, moments)
+    if recipe.budget:
+        raise PlanError("a budget's plan takes a search; call trawl.find_recipe, and plan what it finds")
     planned = make_plan(open_checkpoint(model, revision, weights=False), recipe, family_file)
     kept = Path(moments) if moments is not None else None
     source = open_moments(
@@ -73,6 +76,48 @@ def plan(
     if isinstance(source, Calibration) and recipe.anchored:
         return replace(planned, notes=(*planned.notes, _anchored_note(source)))
     return replace(planned, notes=(*planned.notes, str(source))) if source else planned
+
+
+def find_recipe(
+    model: str | Path,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    family_file: Path | None = None,
+    device: str = "auto",
+    calibrate: str | Path | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    observer: Observer = silent,
+) -> Found:
+    """Find the best structure and size of every part of a model within a budget; nothing is written but ``folder``.
+
+    Args:
+        model: as for :func:`compress`.
+        recipe: with ``keep`` or ``size``.
+        folder: where moments and measured damages are kept; a later call, with another budget too, uses them again.
+        revision: branch, tag or commit of a hub id.
+        family_file: a YAML family description to use in place of the built-in ones.
+        device: where to compute.
+        calibrate: as for :func:`compress`; without a text, random tokens stand in for one.
+        calibration_tokens: likewise.
+        observer: told of progress.
+    Returns: the recipe with its parts, to pass to :func:`plan` or :func:`compress` with ``moments=folder``, and what
+        each of its parts is predicted to do, and all really do.
+    Raises: TrawlError: the checkpoint or the budget cannot be used.
+    Cost: one calibration, and up to seven runs of some thousand tokens from each layer on.
+    """
+    with search_folder(Path(folder), folder) as kept:
+        return find(
+            open_checkpoint(model, revision),
+            recipe,
+            kept,
+            calibrate=calibrate,
+            calibration_tokens=calibration_tokens,
+            device=pick_device(device),
+            family_file=family_file,
+            observer=observer,
+        )
 
 
 def _anchored_note(text: Calibration) -> str:
@@ -126,6 +171,60 @@ def compress(
     Cost: reads the selected tensors once to check them, a few times to decompose them and once to write them; memory
         as the plan estimates; disk for the output and the factor files.
     """
+    run = partial(
+        _compress,
+        model,
+        revision=revision,
+        family_file=family_file,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        max_memory=max_memory,
+        factors=factors,
+        ray=ray,
+        observer=observer,
+    )
+    if not recipe.budget:
+        return run(recipe, out, calibrate=calibrate, calibration_tokens=calibration_tokens, moments=moments)
+    if factors is not None:
+        raise PlanError("--factors takes factors of a given rank, and a budget chooses ranks; leave one of the two out")
+    checkpoint = open_checkpoint(model, revision)
+    target = Workspace(Path(out) if out is not None else Path(f"{_stem(checkpoint)}-{_budget_text(recipe)}"))
+    target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0)
+    with search_folder(target.search, moments) as folder:
+        found = find(
+            checkpoint,
+            recipe,
+            folder,
+            calibrate=calibrate,
+            calibration_tokens=calibration_tokens,
+            device=pick_device(device),
+            family_file=family_file,
+            observer=observer,
+        )
+        return run(found.recipe, target.out, moments=folder, found=found)
+
+
+def _compress(
+    model: str | Path,
+    recipe: Recipe,
+    out: str | Path | None,
+    *,
+    revision: str | None,
+    family_file: Path | None,
+    resume: bool,
+    overwrite: bool,
+    device: str,
+    max_memory: int,
+    factors: str | Path | None,
+    ray: str | None,
+    observer: Observer,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    moments: str | Path | None = None,
+    found: Found | None = None,
+) -> Report:
+    """Write a checkpoint by a recipe whose sizes are known; ``found`` is the search that they come from."""
     started = time.perf_counter()
     check_anchored(recipe, calibrate, moments, factors, ray)
     checkpoint = open_checkpoint(model, revision)
@@ -182,13 +281,15 @@ def compress(
         errors = write_shards(planned, workspace, absmax, observer)
         copy_side_files(checkpoint, workspace.staged)
         write_config(planned, workspace.staged)
-        results = (load_result(planned, factor_path(workspace, item.stack)) for item in planned.stacks)
+        results = (load_result(item, factor_path(workspace, item.stack)) for item in planned.stacks)
         reports = tuple(
             report_stack(item, result, errors, seconds[item.stack.name])
             for item, result in zip(planned.stacks, results, strict=True)
         )
         report = Report(workspace.out, reports, time.perf_counter() - started)
         write_records(planned, report, identity, workspace.staged)
+        if found:
+            write_json(workspace.staged / SEARCH_RECORD, found.to_json())
         check_unchanged(checkpoint, state, workspace)
         workspace.publish()
     return report
@@ -243,11 +344,23 @@ def default_out(planned: Plan) -> Path:
     if recipe.method == "narrow":
         sizes = {"w": recipe.width, "kv": recipe.kv_heads}
         text = "-".join(f"{name}{size_text(size)}" for name, size in sizes.items() if size is not None)
+    elif recipe.method == "mixed":
+        text = f"{len(recipe.parts)}-parts"
     else:
         text = f"r{size_text(recipe.rank)}"
-    origin = Path(planned.checkpoint.origin)
-    stem = origin.stem if origin.suffix == ".gguf" else origin.resolve().name
-    return Path(f"{stem}-{recipe.method}-{text}")
+    return Path(f"{_stem(planned.checkpoint)}-{recipe.method}-{text}")
+
+
+def _stem(checkpoint: Checkpoint) -> str:
+    """Return what names of outputs begin with."""
+    origin = Path(checkpoint.origin)
+    return origin.stem if origin.suffix == ".gguf" else origin.resolve().name
+
+
+def _budget_text(recipe: Recipe) -> str:
+    """Write a budget as part of a file's name."""
+    size = f"keep{recipe.keep:g}" if recipe.keep is not None else f"{recipe.size}-bytes"
+    return f"plain-{size}" if recipe.plain else size
 
 
 def size_text(size: object) -> str:
@@ -354,9 +467,9 @@ def decompose_stacks(
     return seconds
 
 
-def load_result(planned: Plan, path: Path) -> Factors | Narrowing:
+def load_result(item: PlannedStack, path: Path) -> Factors | Narrowing:
     """Return what a stack's sealed file holds."""
-    return Narrowing.load(path) if planned.narrowed else Factors.load(path)[0]
+    return Factors.load(path)[0] if item.method else Narrowing.load(path)
 
 
 def factor_path(workspace: Workspace, stack: Stack) -> Path:
@@ -368,7 +481,7 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
     """Write the output's shards, and return how far they are from the source.
 
     A shard's squared errors are sealed beside the factor files right after it, so that a resumed run keeps both or
-    makes both again.
+    makes both again. Of units that are left out errors are measured when they are chosen.
     """
 
     @lru_cache(maxsize=1)  # shards hold stacks in runs
@@ -379,14 +492,13 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
     def narrowing(name: str) -> Narrowing:
         return Narrowing.load(workspace.factors / f"{name}.safetensors")
 
-    stacks = tuple(item.stack for item in planned.stacks)
+    stacks = tuple(item.stack for item in planned.factored)
     checkpoint = planned.checkpoint
     jobs: list[tuple[str, int, Callable[[Path, Advance], SquaredErrors]]]
-    if planned.narrowed:
-        narrow = NarrowWriter(checkpoint, planned.narrowed, narrowing)
-        jobs = [(layout.name, layout.nbytes, partial(_write_narrow, narrow, layout)) for layout in planned.layouts]
-    elif planned.descriptor:
-        compressed = FactoredWriter(checkpoint, planned.descriptor, stacks, factors, absmax)
+    if planned.layouts:
+        narrowed = NarrowedTensors(checkpoint, planned.narrowed, narrowing).get if planned.narrowed else _unchanged
+        descriptor = planned.descriptor or Descriptor(())
+        compressed = FactoredWriter(checkpoint, descriptor, stacks, factors, absmax, narrowed)
         jobs = [(layout.name, layout.nbytes, partial(compressed.write, layout)) for layout in planned.layouts]
     else:
         denoised = DenseWriter(checkpoint, stacks, factors, absmax)
@@ -414,10 +526,8 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
     return errors
 
 
-def _write_narrow(writer: NarrowWriter, layout: ShardLayout, path: Path, advance: Advance) -> SquaredErrors:
-    """Write one narrow shard; its errors are measured when units are chosen."""
-    writer.write(layout, path, advance)
-    return SquaredErrors()
+def _unchanged(_: str) -> None:
+    """Say of every tensor that it keeps its shape."""
 
 
 def write_config(planned: Plan, staged: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import torch
 from trawl.calibration import Calibration, Moments
 from trawl.checkpoint import BITS, Checkpoint
 from trawl.decompose import Method
-from trawl.descriptor import Descriptor, describe, describe_stack
+from trawl.descriptor import DescribedStack, Descriptor, describe, describe_stack
 from trawl.errors import PlanError, RankError
 from trawl.families import KIND_OF, FamilyMatch, Placement, match_family
-from trawl.layout import ShardLayout, factored_layout, reshaped_layout
-from trawl.narrowing import Narrowed, narrow
+from trawl.layout import ShardLayout, make_layout
+from trawl.narrowing import Narrowed, fc_widths, narrow
 from trawl.recipe import Recipe
 from trawl.stacking import Stack, make_stacks
 
@@ -38,6 +38,7 @@ class PlannedStack:
         parameters_after: entries of its factors.
         flops: floating-point operations of its decomposition, an estimate.
         memory: bytes of its decomposition's working set, an estimate.
+        method: with its hyper-parameters; None where units are left out in place of a decomposition.
     """
 
     stack: Stack
@@ -45,6 +46,7 @@ class PlannedStack:
     parameters_after: int
     flops: int
     memory: int
+    method: Method | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the stack as JSON-able values."""
@@ -76,19 +78,17 @@ class Plan:
     anchor: Calibration | None = None  # the text of an anchored run
 
     @property
-    def method(self) -> Method:
-        """The method with its hyper-parameters.
-
-        Raises: PlanError: the recipe's method makes no factors.
-        """
-        return self.recipe.decomposition()
+    def factored(self) -> tuple[PlannedStack, ...]:
+        """Stacks that are decomposed; the others are narrowed."""
+        return tuple(item for item in self.stacks if item.method)
 
     @cached_property
     def layouts(self) -> tuple[ShardLayout, ...]:
-        """Shards of an output whose tensors have other shapes: factored or narrow."""
-        if self.narrowed:
-            return reshaped_layout(self.checkpoint, self.narrowed.shapes)
-        return factored_layout(self.checkpoint, self.descriptor) if self.descriptor else ()
+        """Shards of an output whose tensors have other shapes: factored, narrow, or both."""
+        if not self.descriptor and not self.narrowed:
+            return ()
+        shapes = self.narrowed.shapes if self.narrowed else {}
+        return make_layout(self.checkpoint, self.descriptor or Descriptor(()), shapes)
 
     @property
     def changed_tensors(self) -> tuple[str, ...]:
@@ -190,12 +190,30 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, family_file: Path | None =
     Cost: time and memory in the number of tensors, not in their size.
     """
     match = match_checkpoint(checkpoint, family_file)
+    if recipe.budget:
+        raise PlanError("a budget has no parts yet; they are found from what the model computes, on a text or without")
     if recipe.method == "narrow":
         return _narrow_plan(checkpoint, match, recipe)
-    method = recipe.decomposition()
+    if recipe.method == "mixed":
+        return _mixed_plan(checkpoint, match, recipe)
+    planned = _planned_stacks(checkpoint, match, recipe)
+    descriptor = describe(_described(checkpoint, recipe, planned)) if recipe.write == "factored" else None
+    chosen, roles = _selected(match, recipe)
+    notes = (*_notes(chosen, recipe), *_tied_notes(match, roles))
+    return Plan(checkpoint, match, recipe, planned, notes, descriptor)
+
+
+def _selected(match: FamilyMatch, recipe: Recipe) -> tuple[list[Placement], tuple[str, ...]]:
+    """Return the slices within the layers that a recipe selects, and its roles."""
     layers = recipe.selected_layers(match.layers)
     roles = recipe.selected_roles((*match.roles, *match.outside))
-    chosen = [part for part in match.placements if part.layer in layers and part.role in roles]
+    return [part for part in match.placements if part.layer in layers and part.role in roles], roles
+
+
+def _planned_stacks(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> tuple[PlannedStack, ...]:
+    """Work out the stacks of one decomposition."""
+    method = recipe.decomposition()
+    chosen, roles = _selected(match, recipe)
     outside = dict.fromkeys(part for role, part in match.outside.items() if role in roles)
     planned = []
     for stack in (*_stacks(chosen, recipe), *_outside_stacks(tuple(outside), recipe)):
@@ -207,11 +225,40 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, family_file: Path | None =
                 method.parameters(stack.shape),
                 method.flops(stack.shape),
                 method.working_set(stack.shape) + _joined_bytes(checkpoint, stack),
+                method,
             )
         )
-    descriptor = _describe(checkpoint, recipe, planned) if recipe.write == "factored" else None
-    notes = (*_notes(chosen, recipe), *_tied_notes(match, roles))
-    return Plan(checkpoint, match, recipe, tuple(planned), notes, descriptor)
+    return tuple(planned)
+
+
+def _mixed_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> Plan:
+    """Work out what several decompositions, and narrowing, mean for a checkpoint."""
+    planned: list[PlannedStack] = []
+    described: list[DescribedStack] = []
+    widths: dict[int, int] = {}
+    for part in recipe.members():
+        if part.method == "narrow":
+            assert part.width is not None
+            widths |= fc_widths(match, part.selected_layers(match.layers), part.width)
+            continue
+        stacks = _planned_stacks(checkpoint, match, part)
+        described += _described(checkpoint, part, stacks)
+        planned += stacks
+    narrowed = None
+    if widths:
+        layers = sorted(widths)
+        narrowed = narrow(checkpoint, match, layers, width=tuple(widths[layer] for layer in layers), plain=False)
+        planned += _planned_cuts(narrowed)
+    seen: dict[str, str] = {}
+    for item in planned:
+        for tensor in item.stack.tensors:
+            if seen.setdefault(tensor, item.stack.name) != item.stack.name:
+                raise PlanError(
+                    f"parts of the mixed recipe overlap: stacks {seen[tensor]} and {item.stack.name} both hold "
+                    f"{tensor}; give each matrix to one part"
+                )
+    descriptor = replace(describe(described), narrow=narrowed.narrow if narrowed else ())
+    return Plan(checkpoint, match, recipe, tuple(planned), (), descriptor, narrowed=narrowed)
 
 
 def _narrow_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> Plan:
@@ -225,10 +272,11 @@ def _narrow_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> 
     plain = recipe.write == "dense"
     narrowed = narrow(checkpoint, match, layers, width=recipe.width, kv_heads=recipe.kv_heads, plain=plain)
     descriptor = Descriptor((), narrowed.narrow) if narrowed.narrow else None
-    planned = tuple(
-        PlannedStack(cut.stack, cut.rank, cut.parameters, cut.flops, cut.working_set) for cut in narrowed.cuts
-    )
-    return Plan(checkpoint, match, recipe, planned, (), descriptor, narrowed=narrowed)
+    return Plan(checkpoint, match, recipe, _planned_cuts(narrowed), (), descriptor, narrowed=narrowed)
+
+
+def _planned_cuts(narrowed: Narrowed) -> tuple[PlannedStack, ...]:
+    return tuple(PlannedStack(cut.stack, cut.rank, cut.parameters, cut.flops, cut.working_set) for cut in narrowed.cuts)
 
 
 def _stacks(chosen: list[Placement], recipe: Recipe) -> list[Stack]:
@@ -275,7 +323,7 @@ def _joined_bytes(checkpoint: Checkpoint, stack: Stack) -> int:
     return stack.parameters * BITS[checkpoint.tensors[stack.tensors[0]].dtype] // 8 if stack.joined else 0
 
 
-def _describe(checkpoint: Checkpoint, recipe: Recipe, planned: list[PlannedStack]) -> Descriptor:
+def _described(checkpoint: Checkpoint, recipe: Recipe, planned: Sequence[PlannedStack]) -> list[DescribedStack]:
     """Describe what a factored output will hold, or refuse one that would be larger than it was."""
     described = []
     for item in planned:
@@ -295,7 +343,7 @@ def _describe(checkpoint: Checkpoint, recipe: Recipe, planned: list[PlannedStack
                 dtype=FACTOR_DTYPES[recipe.factor_dtype] if recipe.factor_dtype else None,
             )
         )
-    return describe(described)
+    return described
 
 
 def break_even(recipe: Recipe, stack: Stack) -> str:

@@ -15,21 +15,29 @@ from trawl.families import KINDS, OUTSIDE, ROLES
 from trawl.stacking import Share, format_layers
 from trawl.untrusted import LARGEST_YAML, parse_yaml
 
-METHODS = ("cp", "tucker", "svd", "narrow")
+METHODS = ("cp", "tucker", "svd", "narrow", "mixed")
 OutputWeighting = Literal["none", "fisher", "kronecker"]
 ROLE_GROUPS = {**KINDS, "all": ROLES}
+IN_COMMON = ("write", "factor_dtype", "allow_larger", "output_weighting", "seed", "compute", "engine")  # of all parts
 
 
 class Recipe(BaseModel):
     """What to decompose, how, and what to write.
 
     Attributes:
-        method: ``cp``, ``tucker`` or ``svd`` (each matrix by itself, as LASER does); ``narrow`` leaves out inner units.
+        method: ``cp``, ``tucker`` or ``svd`` (each matrix by itself, as LASER does); ``narrow`` leaves out inner units;
+            ``mixed`` has a method and a size for each of its parts, given or found for a budget.
         rank: one integer, or for Tucker a triple (stack, inner, hidden); None for ``narrow``.
         width: inner width that ``narrow`` leaves of every FC: a number of units, a share of them that is rounded to a
             multiple of 64 (of the largest power of two that divides the width, where 64 does not), or a number for
             each selected layer.
         kv_heads: key-value heads that ``narrow`` leaves, with the query heads that share them.
+        keep: budget of a ``mixed`` recipe whose parts are to be found: the share of the selected matrices' parameters
+            that the output holds at most.
+        size: likewise, the bytes that all shards of the output have at most.
+        plain: whether only an ordinary checkpoint will do for a budget, one that loads without this package.
+        parts: recipes of a ``mixed`` one, for matrices that no two of them share; each has its own method, size,
+            layers, roles, ``group_layers`` and ``share``, and everything else from the whole.
         layers: ``"all"`` or a list such as ``"20-30,35"``, counted from 0.
         roles: ``"fc"``, ``"attn"``, ``"experts"``, ``"all"``, or a comma-separated list of q, k, v, o, gate, up, down
             and the others in docs/families.md, and of embed and lm_head, which lie outside the layers.
@@ -53,10 +61,14 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["cp", "tucker", "svd", "narrow"] = "cp"
+    method: Literal["cp", "tucker", "svd", "narrow", "mixed"] = "cp"
     rank: int | tuple[int, int, int] | None = None
     width: int | float | tuple[int, ...] | None = None
     kv_heads: int | None = None
+    keep: float | None = Field(default=None, gt=0, lt=1)
+    size: int | None = Field(default=None, ge=1)
+    plain: bool = False
+    parts: tuple[Recipe, ...] = ()
     layers: str = "all"
     roles: str = "all"
     group_layers: Literal["all"] | int = "all"
@@ -89,6 +101,24 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
+    def _of_budget(cls, values: Any) -> Any:
+        """Make a budget a mixed recipe, factored unless it is plain, and weighed by gradients."""
+        if not isinstance(values, dict) or values.get("keep", values.get("size")) is None:
+            return values
+        if values.get("method", "mixed") != "mixed":
+            raise PlanError(
+                f"method is {values['method']!r}, and a budget chooses a method for every matrix; leave --method out, "
+                "or give a --rank or --width in place of the budget"
+            )
+        return {
+            "method": "mixed",
+            "write": "dense" if values.get("plain") else "factored",
+            "output_weighting": "kronecker",
+            **values,
+        }
+
+    @model_validator(mode="before")
+    @classmethod
     def _within_layers(cls, values: Any) -> Any:
         if isinstance(values, dict) and (values.get("share", "none") != "none" or values.get("anchored")):
             return {"group_layers": 1, **values}
@@ -105,9 +135,46 @@ class Recipe(BaseModel):
             raise PlanError(f"rank is {self.rank}, and method narrow takes none; pass --width or --kv-heads instead")
         if narrow and not given:
             raise PlanError("method narrow needs a size; pass --width 0.75, --width 1152, or --kv-heads N")
+        if self.method == "mixed":
+            return self._check_mixed()
         if not narrow and self.rank is None:
             raise PlanError("no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
         return self
+
+    def _check_mixed(self) -> Recipe:
+        """Raise PlanError unless a mixed recipe has either parts or a budget."""
+        if self.rank is not None:
+            raise PlanError(f"rank is {self.rank}, and a budget chooses every rank; leave one of the two out")
+        sizes = [name for name in ("keep", "size", "parts") if getattr(self, name)]
+        if len(sizes) != 1:
+            found = " and ".join(sizes) or "none"
+            raise PlanError(f"a mixed recipe takes one of keep, size and parts, and this one has {found}")
+        if self.anchored:
+            raise PlanError(
+                "an anchored run has one method for all stacks, and a budget chooses; leave one of them out"
+            )
+        if self.write == "dense" and not self.plain:
+            raise PlanError(
+                "a dense output with everything in place is as large as before, and a budget is to make it smaller; "
+                "pass --write factored, or --plain for an ordinary checkpoint with narrower layers"
+            )
+        if self.plain and (self.write == "factored" or self.parts):
+            raise PlanError(
+                "plain is for a budget's ordinary checkpoint, which is written dense; leave one of them out"
+            )
+        if any(part.method == "mixed" for part in self.parts):
+            raise PlanError("a part of a mixed recipe has one method: cp, tucker, svd or narrow")
+        return self
+
+    @property
+    def budget(self) -> bool:
+        """Whether parts are still to be found."""
+        return self.keep is not None or self.size is not None
+
+    def members(self) -> tuple[Recipe, ...]:
+        """Return the parts of a mixed recipe, each a whole recipe with what they have in common; else itself."""
+        common = {name: getattr(self, name) for name in IN_COMMON}
+        return tuple(part.model_copy(update=common) for part in self.parts) or (self,)
 
     @model_validator(mode="after")
     def _check_share(self) -> Recipe:
@@ -136,7 +203,10 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML that :func:`read_recipe` takes back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        values = self.model_dump(mode="json", exclude={"parts"})
+        if self.parts:
+            values["parts"] = [part.model_dump(mode="json", exclude_defaults=True) for part in self.parts]
+        return yaml.safe_dump(values, sort_keys=False)
 
     def decomposition(self) -> Method:
         """Return the method with its hyper-parameters.
@@ -149,6 +219,10 @@ class Recipe(BaseModel):
             options["n_iter_max"] = self.n_iter_max
         if self.tol is not None:
             options["tol"] = self.tol
+        if self.method == "mixed":
+            raise PlanError(
+                "a mixed recipe has a method for each of its parts; use trawl compress for it, or one method here"
+            )
         if self.method == "narrow":
             raise PlanError(
                 "method narrow selects units and makes no factors; use trawl compress for it, or another method here"
@@ -231,7 +305,7 @@ def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
         raise PlanError(
             f"{origin}: unknown method {shown(method)}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})"
         )
-    if "rank" not in values and method != "narrow":
+    if "rank" not in values and method != "narrow" and not {"keep", "size", "parts"} & set(values):
         raise PlanError(f"{origin}: no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
     group = values.get("group_layers", "all")
     if group != "all" and not (isinstance(group, int) and group >= 1):

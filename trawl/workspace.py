@@ -51,6 +51,11 @@ class Workspace:
         return self.partial / "moments"
 
     @property
+    def search(self) -> Path:
+        """Where a search for a budget keeps what it measures, until the run that it is for is complete."""
+        return self.out.with_name(self.out.name + ".search")
+
+    @property
     def _replaced(self) -> Path:
         return self.out.with_name(self.out.name + ".replaced")
 

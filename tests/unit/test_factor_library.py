@@ -58,7 +58,7 @@ def test_factors_are_those_of_the_chain(zoo, tmp_path):
     library = FactorLibrary.create(tmp_path, LADDER)
     found = library.fetch(planned, item)
     start = None
-    for method in nested_chain(planned.method, item.stack.shape, LADDER):
+    for method in nested_chain(item.method, item.stack.shape, LADDER):
         source = StoredSlices(planned.checkpoint, item.stack, 1.0, torch.device("cpu"))
         start = method.decompose(source, start).balanced()
     assert digest(found) == digest(start)

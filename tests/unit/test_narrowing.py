@@ -10,7 +10,7 @@ from trawl.checkpoint import open_folder
 from trawl.errors import LoadError
 from trawl.narrowing import Narrowing, narrow, narrow_stack, selection
 from trawl.narrowing.cuts import positions, stored_axis
-from trawl.narrowing.selection import make_problem, select_groups, select_units, weigh_outputs
+from trawl.narrowing.selection import eliminate, make_problem, select_groups, weigh_outputs
 from trawl.planning import match_checkpoint
 from trawl.views import View
 
@@ -46,7 +46,7 @@ def test_another_target_is_fitted_on_the_same_inputs(monkeypatch):
     inputs, wanted = activations(), torch.randn(400, OUTPUTS)
     cross, energy = inputs.double().T @ wanted.double() / 400, float(wanted.square().sum()) / 400
     problem = make_problem(torch.randn(SIZE, OUTPUTS), moment(inputs), cross, energy)
-    kept = select_units(problem, 12)
+    kept = eliminate(problem, 12).kept(12)
     reference = torch.linalg.lstsq(inputs[:, kept].double(), wanted.double()).solution
     torch.testing.assert_close(problem.solve(kept), reference, rtol=1e-3, atol=1e-6)
 
@@ -54,7 +54,7 @@ def test_another_target_is_fitted_on_the_same_inputs(monkeypatch):
 def test_all_units_give_back_the_matrix_to_the_last_bit():
     matrix, inputs = torch.randn(SIZE, OUTPUTS), activations(rank=6)
     problem = make_problem(matrix, moment(inputs), mean=inputs.double().mean(0))
-    kept = select_units(problem, SIZE)
+    kept = eliminate(problem, SIZE).kept(SIZE)
     assert torch.equal(problem.solve(kept), matrix.double())
     assert problem.error(kept, matrix.double()) < 1e-6
 
@@ -65,7 +65,7 @@ def test_units_that_repeat_others_are_left_out_without_loss():
     mixed[:, [2, 9]] = 0  # dead
     matrix = torch.randn(12, OUTPUTS)
     problem = make_problem(matrix, moment(mixed))
-    kept = select_units(problem, 7 + 3)
+    kept = eliminate(problem, 7 + 3).kept(7 + 3)
     assert not set(kept.tolist()) & {2, 9}
     assert error(matrix, mixed, kept, problem.solve(kept)) < 0.02
 
@@ -83,7 +83,7 @@ def test_panels_remove_the_units_that_cost_least_one_by_one(panel, monkeypatch):
     left = list(range(SIZE))
     for _ in range(10):  # by trying every removal
         left = min(([each for each in left if each != unit] for unit in left), key=cost)
-    assert select_units(problem, SIZE - 10).tolist() == left
+    assert eliminate(problem, SIZE - 10).kept(SIZE - 10).tolist() == left
 
 
 @pytest.mark.parametrize("diagonal", [True, False])
@@ -93,8 +93,8 @@ def test_weighed_outputs_change_what_is_chosen_and_not_what_is_solved(diagonal):
     wanted = torch.arange(SIZE // 2)  # outputs of the smaller inputs
     counts = torch.full((SIZE,), 0.1).index_fill(0, wanted, 10.0)
     weighed = weigh_outputs(problem, counts if diagonal else torch.diag(counts))
-    torch.testing.assert_close(select_units(weighed, SIZE // 2), wanted)
-    torch.testing.assert_close(select_units(problem, SIZE // 2), wanted + SIZE // 2)
+    torch.testing.assert_close(eliminate(weighed, SIZE // 2).kept(SIZE // 2), wanted)
+    torch.testing.assert_close(eliminate(problem, SIZE // 2).kept(SIZE // 2), wanted + SIZE // 2)
     same = weigh_outputs(problem, torch.full((SIZE,), 3.0))
     torch.testing.assert_close(same.solve(wanted), problem.solve(wanted) * 3.0**0.5)
 
@@ -107,13 +107,13 @@ def test_groups_are_chosen_as_a_whole():
     assert select_groups(problem, 6, 4).tolist() == [0, 1, 3, 5]
     assert select_groups(problem, 6, 6).tolist() == [0, 1, 2, 3, 4, 5]
     singly = select_groups(problem, SIZE, 9)
-    assert singly.tolist() == select_units(problem, 9).tolist()
+    assert singly.tolist() == eliminate(problem, 9).kept(9).tolist()
 
 
 def test_nothing_computed_leaves_the_matrix_as_it_was():
     matrix = torch.randn(SIZE, OUTPUTS)
     problem = make_problem(matrix, torch.zeros(SIZE, SIZE))
-    kept = select_units(problem, 8)
+    kept = eliminate(problem, 8).kept(8)
     assert torch.equal(problem.solve(kept), matrix.double()[kept])
     assert problem.error(kept, problem.solve(kept)) == 0.0
 

@@ -106,7 +106,8 @@ class AnchoredBlock:
             factors = refit(self._factors[name], stack, source, known, sorted(drifts))
         else:
             self._drifts[name] = [drifts[s] for s in range(len(stack.slices))]
-            factors = fit(self.planned.method, stack, source, self._drifts[name])
+            assert item.method is not None
+            factors = fit(item.method, stack, source, self._drifts[name])
         self._factors[name] = factors = factors.to(device="cpu").balanced()
         if not self._slices(item, _later(roles)):
             factors.save(self.paths[name], {"stack": item.to_json()})

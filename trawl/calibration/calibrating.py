@@ -24,6 +24,7 @@ from trawl.tokens import encode_plain, position_limit, prefix_tokens
 
 WINDOW = 1024
 DEFAULT_TOKENS = 128 * WINDOW
+GRADIENT_WINDOWS = 32  # at most, spread over the text: what weighs the outputs needs fewer than what is fitted to
 CPU = torch.device("cpu")
 
 
@@ -159,7 +160,9 @@ class Calibration:
         except (PlanError, LoadError):
             pass  # none, of another text, or damaged: made anew
         (folder / f"{kind}.json").unlink(missing_ok=True)
-        blocks = gather_gradients(self.chain, self.windows, self.match.placements, folder, kind, observer=observer)
+        places = torch.linspace(0, len(self.windows) - 1, min(GRADIENT_WINDOWS, len(self.windows))).round().long()
+        windows = self.windows[places]
+        blocks = gather_gradients(self.chain, windows, self.match.placements, folder, kind, observer=observer)
         write_output_record(folder, kind, asdict(self.identity), blocks)
         return Moments.open(folder, self.checkpoint, kind)
 

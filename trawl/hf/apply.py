@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trawl.checkpoint import DTYPES, Checkpoint, Shard, TensorInfo
+from trawl.decompose import Method
 from trawl.errors import PlanError
 from trawl.factors import Factors
 from trawl.hf.quantizer import TrawlConfig, TrawlQuantizer
@@ -45,13 +46,14 @@ def apply(model: PreTrainedModel, recipe: Recipe, *, observer: Observer = silent
         raise PlanError("output_weighting takes gradients on a text; use trawl.compress with calibrate")
     if recipe.factor_dtype is not None:
         raise PlanError("factor_dtype goes with a checkpoint on disk; in memory factors have the model's dtype")
+    method = recipe.decomposition()
     tied = model.all_tied_weights_keys
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
     planned = make_plan(in_memory(model, state), recipe)
     absmax = {
         item.stack.name: max(scan(planned.checkpoint, name) for name in item.stack.tensors) for item in planned.stacks
     }
-    factors, seconds = _decompose(planned, absmax, observer)
+    factors, seconds = _decompose(planned, method, absmax, observer)
     errors = SquaredErrors()
     if planned.descriptor:
         _replace_modules(model, planned, factors, absmax, errors)
@@ -78,7 +80,7 @@ def in_memory(model: PreTrainedModel, state: dict[str, Tensor]) -> Checkpoint:
 
 
 def _decompose(
-    planned: Plan, absmax: dict[str, float], observer: Observer
+    planned: Plan, method: Method, absmax: dict[str, float], observer: Observer
 ) -> tuple[dict[str, Factors], dict[str, float]]:
     """Return balanced factors and seconds by stack."""
     factors, seconds = {}, {}
@@ -88,7 +90,7 @@ def _decompose(
         started = time.perf_counter()
         count = slice_counter(f"decomposing {name}", observer)
         source = StoredSlices(planned.checkpoint, item.stack, absmax[name], device, count)
-        factors[name] = planned.method.decompose(source).balanced()
+        factors[name] = method.decompose(source).balanced()
         seconds[name] = time.perf_counter() - started
     return factors, seconds
 

@@ -3,8 +3,21 @@
 Importing this package loads no model code.
 """
 
-from trawl.narrowing.cuts import Cut, Narrowed, Width, narrow
-from trawl.narrowing.solving import Narrowing, narrow_stack
-from trawl.narrowing.writing import NarrowWriter
+from trawl.narrowing.cuts import Cut, Narrowed, Width, fc_widths, narrow
+from trawl.narrowing.selection import Elimination
+from trawl.narrowing.solving import Narrowing, eliminate_units, narrow_stack, padded_reader
+from trawl.narrowing.writing import NarrowedTensors
 
-__all__ = ["Cut", "NarrowWriter", "Narrowed", "Narrowing", "Width", "narrow", "narrow_stack"]
+__all__ = [
+    "Cut",
+    "Elimination",
+    "Narrowed",
+    "NarrowedTensors",
+    "Narrowing",
+    "Width",
+    "eliminate_units",
+    "fc_widths",
+    "narrow",
+    "narrow_stack",
+    "padded_reader",
+]

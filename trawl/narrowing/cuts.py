@@ -145,6 +145,11 @@ def fc_widths(match: FamilyMatch, layers: Sequence[int], width: Width) -> dict[i
             f"layer {bare[0]} of family {match.family} has no role down, whose input would be narrowed, but experts, "
             "which narrow leaves as they are; leave that layer out of --layers"
         )
+    if len(unequal := sorted(set(full.values()))) > 1:
+        raise PlanError(
+            f"family {match.family} has FCs of unequal width here, {unequal[0]} to {unequal[-1]}; narrow knows one width. "
+            "Decompose with --method svd, cp or tucker instead"
+        )
     if isinstance(width, tuple):
         if len(width) != len(layers):
             raise PlanError(

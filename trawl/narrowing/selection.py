@@ -101,7 +101,28 @@ def make_problem(
     return Problem(moment, cross.double(), energy, stored, ridge)
 
 
-def select_units(problem: Problem, keep: int) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """Inputs in the order in which they are removed.
+
+    Attributes:
+        order: removed inputs, the one that costs least first (removed,).
+        costs: what each adds to the loss E‖y − ŷ‖², ridge terms included (removed,), float64.
+        count: inputs that there were.
+    """
+
+    order: Tensor
+    costs: Tensor
+    count: int
+
+    def kept(self, keep: int) -> Tensor:
+        """Return the inputs that are left when so many are kept, ascending (keep,)."""
+        stays = torch.ones(self.count, dtype=torch.bool, device=self.order.device)
+        stays[self.order[: self.count - keep]] = False
+        return stays.nonzero()[:, 0]
+
+
+def eliminate(problem: Problem, keep: int) -> Elimination:
     """Choose inputs one by one to remove, always the one whose loss, after the others take over, costs least.
 
     Removing input j of those left costs ``‖B_j‖² / P_jj`` with ``P = (C_SS + Λ)⁻¹`` and B the best matrix; then
@@ -110,17 +131,24 @@ def select_units(problem: Problem, keep: int) -> Tensor:
     Args:
         problem: what is wanted of the inputs.
         keep: how many stay.
-    Returns: the kept inputs, ascending (keep,).
+    Returns: those that do not, in order; all smaller numbers of removals are its beginnings.
     Cost: O(n³ + removed · n (n + hidden)); memory for two (n, n) and one (n, hidden) in float64.
     Reference: backward elimination; the formula is that of Hassibi & Stork 1992, Optimal Brain Surgeon, for one
         output, and of SparseGPT, arXiv:2301.00774, for rows of several.
     """
-    left = torch.arange(len(problem.second))
+    left = torch.arange(len(problem.second), device=problem.second.device)
     inverse, best = _full_solution(problem)
+    order: list[Tensor] = []
+    costs: list[Tensor] = []
     while len(left) > keep:
-        alive = _remove_panel(inverse, best, min(PANEL, len(left) - keep))
+        removed, lost = _remove_panel(inverse, best, min(PANEL, len(left) - keep))
+        order.append(left[removed])
+        costs.append(lost)
+        alive = torch.ones(len(left), dtype=torch.bool, device=left.device)
+        alive[removed] = False
         left, inverse, best = left[alive], inverse[alive][:, alive], best[alive]
-    return left
+    none = left[:0]
+    return Elimination(torch.cat([none, *order]), torch.cat([none.double(), *costs]), len(problem.second))
 
 
 def _full_solution(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -132,15 +160,17 @@ def _full_solution(problem: Problem) -> tuple[Tensor, Tensor]:
     return inverse, best
 
 
-def _remove_panel(inverse: Tensor, best: Tensor, count: int) -> Tensor:
-    """Remove some inputs, update P and B of the others in place, and return which are alive."""
+def _remove_panel(inverse: Tensor, best: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Remove some inputs, update P and B of the others in place, and return which were removed at what cost."""
     size, outputs = best.shape
     diagonal, losses = inverse.diagonal().clone(), best.square().sum(1)
     columns, rows = inverse.new_zeros(size, count), best.new_zeros(count, outputs)
-    alive = torch.ones(size, dtype=torch.bool)
+    alive = torch.ones(size, dtype=torch.bool, device=best.device)
+    removed, lost = inverse.new_zeros(count, dtype=torch.long), inverse.new_zeros(count)
     for step in range(count):
         cost = torch.where(alive & (diagonal > 0), losses / diagonal, torch.inf)
         chosen = int(cost.argmin())
+        removed[step], lost[step] = chosen, cost[chosen]
         root = diagonal[chosen].sqrt()
         column = (inverse[chosen] - columns[:, :step] @ columns[chosen, :step]) / root
         row = (best[chosen] - columns[chosen, :step] @ rows[:step]) / root
@@ -150,13 +180,13 @@ def _remove_panel(inverse: Tensor, best: Tensor, count: int) -> Tensor:
         columns[:, step], rows[step], alive[chosen] = column, row, False
     inverse.addmm_(columns, columns.T, alpha=-1)
     best.addmm_(columns, rows, alpha=-1)
-    return alive
+    return removed, lost
 
 
 def select_groups(problem: Problem, groups: int, keep: int) -> Tensor:
     """Choose groups of neighbouring inputs to keep, removing always the one that costs least.
 
-    Removing group G of those left costs ``tr(B_Gᵀ (P_GG)⁻¹ B_G)``, with P and B as in :func:`select_units`.
+    Removing group G of those left costs ``tr(B_Gᵀ (P_GG)⁻¹ B_G)``, with P and B as in :func:`eliminate`.
 
     Args:
         problem: what is wanted of the inputs.
@@ -165,14 +195,14 @@ def select_groups(problem: Problem, groups: int, keep: int) -> Tensor:
     Returns: the kept groups, ascending (keep,).
     Cost: O(n³ + removed · n² width), with width = n / groups.
     """
-    left = torch.arange(groups)
+    left = torch.arange(groups, device=problem.second.device)
     inverse, best = _full_solution(problem)
     width = len(best) // groups
     while len(left) > keep:
         parts = [slice(number * width, (number + 1) * width) for number in range(len(left))]
         costs = [float((best[at] * torch.linalg.solve(inverse[at, at], best[at])).sum()) for at in parts]
         gone = parts[min(range(len(parts)), key=costs.__getitem__)]
-        alive = torch.ones(len(best), dtype=torch.bool)
+        alive = torch.ones(len(best), dtype=torch.bool, device=best.device)
         alive[gone] = False
         share = torch.linalg.solve(inverse[gone, gone], inverse[gone][:, alive]).T  # (rest, width)
         inverse, best = inverse[alive][:, alive] - share @ inverse[gone][:, alive], best[alive] - share @ best[gone]

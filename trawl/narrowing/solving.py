@@ -17,7 +17,7 @@ from trawl.calibration import Moment
 from trawl.checkpoint import Checkpoint
 from trawl.errors import CheckpointError, LoadError
 from trawl.narrowing.cuts import Cut, bias_of
-from trawl.narrowing.selection import make_problem, select_groups, select_units, weigh_outputs
+from trawl.narrowing.selection import Elimination, Problem, eliminate, make_problem, select_groups, weigh_outputs
 from trawl.shards import sealed
 
 FORMAT_VERSION = 1
@@ -84,6 +84,7 @@ def narrow_stack(
     *,
     target: Tensor | None = None,
     outputs: Tensor | None = None,
+    elimination: Elimination | None = None,
 ) -> Narrowing:
     """Choose the units of one stack that stay, and refit what reads them.
 
@@ -94,21 +95,23 @@ def narrow_stack(
         device: where to compute.
         target: a matrix (rows, hidden) whose outputs are wanted in place of the stored one's.
         outputs: what weighs the reader's outputs where units are chosen, (hidden, hidden) or its diagonal.
+        elimination: the order in which single units are removed, where it is known already.
     Returns: the result, on the CPU; its errors are of what the stored matrix gives.
     Raises: CheckpointError: the refitted matrix does not fit the stored dtype.
-    Cost: as :func:`trawl.narrowing.selection.select_units`.
+    Cost: as :func:`trawl.narrowing.selection.eliminate`.
     """
     reader = cut.reader
     stored = checkpoint.read(reader.tensor)
     bias_name = bias_of(checkpoint, reader.tensor)
-    matrix = reader.view.apply(stored).to(device)
-    mean = moment.mean.to(device) if bias_name else None
-    problem = make_problem(matrix, moment.matrix.to(device), mean=mean)
-    aim = matrix.double() if target is None else target.to(device)
+    problem = _problem(checkpoint, cut, moment, device)
+    aim = problem.stored if target is None else target.to(device)
     wanted = replace(problem, cross=problem.second @ aim)
     groups = cut.units < reader.shape[0]
     judged = wanted if outputs is None else weigh_outputs(wanted, outputs.to(device))
-    kept = select_groups(judged, cut.units, cut.keep) if groups else select_units(judged, cut.keep)
+    if groups:
+        kept = select_groups(judged, cut.units, cut.keep)
+    else:
+        kept = (elimination or eliminate(judged, cut.keep)).kept(cut.keep)
     rows = cut.rows(reader, kept.cpu()).to(device)
     exact = wanted.solve(rows)
     written = exact.to(stored.dtype)
@@ -120,10 +123,49 @@ def narrow_stack(
     bias = None
     if bias_name:
         old = checkpoint.read(bias_name)
-        assert mean is not None
+        mean = moment.mean.to(device)
         change = aim.T @ mean - written.double().T @ mean[rows]
         bias = (old.double() + change.cpu()).to(old.dtype)
     norm = float(exact.norm())
     rounding = float((written.double() - exact).norm()) / norm if norm else 0.0
     error = problem.error(rows, written.double())
     return Narrowing(kept.cpu(), written.cpu(), bias, error, rounding)
+
+
+def eliminate_units(
+    checkpoint: Checkpoint, cut: Cut, moment: Moment, device: torch.device, outputs: Tensor | None = None
+) -> Elimination:
+    """Return the order in which the units of one stack are best removed, down to what the cut keeps.
+
+    Args:
+        checkpoint: the source.
+        cut: the stack; single neurons are its units.
+        moment: of what its reader reads.
+        device: where to compute.
+        outputs: what weighs the reader's outputs, (hidden, hidden) or its diagonal.
+    Cost: as :func:`trawl.narrowing.selection.eliminate`.
+    """
+    problem = _problem(checkpoint, cut, moment, device)
+    return eliminate(problem if outputs is None else weigh_outputs(problem, outputs.to(device)), cut.keep)
+
+
+def padded_reader(checkpoint: Checkpoint, cut: Cut, found: Narrowing) -> dict[str, Tensor]:
+    """Return a stack's reader in its old shape, zero where units are left out, and its bias, by stored name.
+
+    With all else as it was, the layer computes what the narrow one does.
+    """
+    reader = cut.reader
+    stored = checkpoint.read(reader.tensor).clone()
+    canonical = torch.zeros(reader.shape, dtype=stored.dtype)
+    canonical[cut.rows(reader, found.kept)] = found.reader
+    reader.view.scatter(canonical, stored)
+    name = bias_of(checkpoint, reader.tensor)
+    return {reader.tensor: stored} | ({name: found.bias} if name and found.bias is not None else {})
+
+
+def _problem(checkpoint: Checkpoint, cut: Cut, moment: Moment, device: torch.device) -> Problem:
+    """Return the least-squares problem of what a stack's reader puts out, centred where it has a bias."""
+    reader = cut.reader
+    matrix = reader.view.apply(checkpoint.read(reader.tensor)).to(device)
+    mean = moment.mean.to(device) if bias_of(checkpoint, reader.tensor) else None
+    return make_problem(matrix, moment.matrix.to(device), mean=mean)

@@ -1,29 +1,24 @@
-"""Shards of a narrowed checkpoint, streamed: rows selected, readers replaced, every other byte as it was."""
+"""Tensors of a narrowed checkpoint: rows selected, and readers replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trawl.checkpoint import Checkpoint
 from trawl.families import Placement
-from trawl.layout import ShardLayout
 from trawl.narrowing.cuts import Cut, Narrowed, bias_of, kept_positions, positions, stored_axis
 from trawl.narrowing.solving import Narrowing
-from trawl.shards import FileRange, write_shard
 from trawl.stacking import READ_INNER
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class NarrowWriter:
-    """Writes the shards of a narrowed checkpoint.
+class NarrowedTensors:
+    """The tensors of a narrowed checkpoint: rows selected, readers replaced.
 
     Attributes:
         checkpoint: the source.
@@ -35,27 +30,9 @@ class NarrowWriter:
     narrowed: Narrowed
     narrowing: Callable[[str], Narrowing]
 
-    def write(self, layout: ShardLayout, path: Path, advance: Advance) -> None:
-        """Write one shard.
-
-        Args:
-            layout: what the shard holds.
-            path: the file to create; it appears whole, by rename.
-            advance: called with the number of bytes done.
-        Raises: OSError: disk full or unreadable source.
-        Cost: its bytes once; memory for one stored tensor.
-        """
-
-        def parts() -> Iterator[FileRange | Tensor]:
-            for entry in layout.entries:
-                if entry.name in self._changed:
-                    yield self.replaced(entry.name)
-                else:
-                    info = self.checkpoint.tensors[entry.name]
-                    yield FileRange(self.checkpoint.folder / info.shard, info.start, info.stop)
-                advance(entry.nbytes)
-
-        write_shard(path, layout.header, parts())
+    def get(self, name: str) -> Tensor | None:
+        """Return a stored tensor as it will be; None for one that stays as it is."""
+        return self._replaced(name) if name in self._changed else None
 
     @cached_property
     def _changed(self) -> dict[str, tuple[str, list[tuple[Cut, Placement]]]]:
@@ -69,8 +46,8 @@ class NarrowWriter:
             bias: (tensor, parts) for tensor, parts in slices.items() if (bias := bias_of(self.checkpoint, tensor))
         }
 
-    def replaced(self, name: str) -> Tensor:
-        """Return a stored tensor as it will be, a weight or a bias."""
+    def _replaced(self, name: str) -> Tensor:
+        """Return a weight or a bias that changes."""
         weight, parts = self._changed[name]
         cut, part = parts[0]
         original = self.checkpoint.read(name)

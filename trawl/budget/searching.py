@@ -1,0 +1,445 @@
+"""The search: damages measured block by block, a choice among all forms, and a check of what it really does.
+
+What is measured lies in a folder, sealed block by block, so that a search that was interrupted, or another budget of
+the same model and text, goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from trawl.budget.choosing import Option, choose
+from trawl.budget.curves import Point, Workshop
+from trawl.budget.pieces import SMALLEST, Form, Piece, Structure, make_pieces, mixed_recipe
+from trawl.calibration import Moments
+from trawl.checkpoint import Checkpoint
+from trawl.errors import PlanError
+from trawl.families import FamilyMatch
+from trawl.narrowing import Elimination
+from trawl.observers import Observer
+from trawl.planning import make_plan
+from trawl.recipe import Recipe
+from trawl.shards import sealed
+
+if TYPE_CHECKING:
+    from trawl.budget.damage import Gauge
+
+LOG = logging.getLogger("trawl")
+
+FORMAT_VERSION = 1
+NOISE = 1e-6  # nats a token that no damage is taken to be under
+SLOPES = (0.5, 2.0)  # powers of the loss that damage is believed to go with
+MISSED = 0.25  # share of the predicted damage by which the real one may be off before it is measured again
+DENSE: Structure = "dense"
+
+Key = tuple[Structure, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Measured:
+    """What is known of one piece.
+
+    Attributes:
+        piece: the piece.
+        points: every form but the dense one, with its loss.
+        damages: of the forms that were measured: mean and standard error, nats a token.
+    """
+
+    piece: Piece
+    points: list[Point]
+    damages: dict[Key, tuple[float, float]] = field(default_factory=dict)
+
+    def options(self) -> list[tuple[Form, float]]:
+        """Return all forms with their predicted damages, the dense one first."""
+        dense = (Form(DENSE, (), self.piece.parameters), 0.0)
+        return [dense, *((point.form, self.predict(point)) for point in self.points)]
+
+    def predict(self, point: Point) -> float:
+        """Return the damage of a form: as measured, or carried over from the measured sizes by its loss.
+
+        Between measured sizes, and beyond them, damage goes with a power of the loss. A structure none of whose sizes
+        was measured borrows from one whose loss is in the same unit.
+        """
+        form = point.form
+        if (form.structure, form.sizes) in self.damages:
+            return max(self.damages[form.structure, form.sizes][0], NOISE)
+        known = self._known(form.structure) or self._known("joint")
+        return _carry(known, point.loss)
+
+    def _known(self, structure: Structure) -> list[tuple[float, float]]:
+        """Return losses and damages of a structure's measured sizes, by loss."""
+        losses = {(point.form.structure, point.form.sizes): point.loss for point in self.points}
+        found = [
+            (losses[key], max(mean, NOISE))
+            for key, (mean, _) in self.damages.items()
+            if key[0] == structure and losses[key] > 0
+        ]
+        return sorted(found)
+
+    def references(self) -> list[Point]:
+        """Return the points that are measured: one or two sizes of each structure, where it might be chosen."""
+        found: list[Point] = []
+        for structure in self.piece.structures:
+            points = [point for point in self.points if point.form.structure == structure]
+            if not points or (structure == "single" and "joint" in self.piece.structures):
+                continue
+            shares = (0.85, 0.5) if self.piece.cut is None or structure == "narrow" else (0.6,)
+            nearest = [_nearest(points, share * self.piece.parameters) for share in shares]
+            found += {id(point): point for point in nearest}.values()
+        return found
+
+
+def _nearest(points: Sequence[Point], parameters: float) -> Point:
+    return min(points, key=lambda point: abs(point.form.parameters - parameters))
+
+
+def _carry(known: Sequence[tuple[float, float]], loss: float) -> float:
+    """Return a damage by a power law through measured (loss, damage), ascending."""
+    if loss <= 0:
+        return 0.0
+    if len(known) == 1:
+        return known[0][1] * loss / known[0][0]
+    place = next((i for i in range(1, len(known) - 1) if loss < known[i][0]), len(known) - 1)
+    (near, low), (far, high) = known[place - 1], known[place]
+    power = math.log(high / low) / math.log(far / near) if far > near else 1.0
+    power = min(max(power, SLOPES[0]), SLOPES[1])
+    base, damage = (near, low) if abs(math.log(loss / near)) < abs(math.log(loss / far)) else (far, high)
+    return float(damage * (loss / base) ** power)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        recipe: with parts, or plain.
+        chosen: the form of each piece, with its predicted damage where there was a choice.
+        real: damage of all together, as measured, nats a token.
+        stderr: of that, over windows.
+    """
+
+    recipe: Recipe
+    chosen: tuple[tuple[Piece, Form, float | None], ...]
+    real: float = math.nan
+    stderr: float = math.nan
+
+    @property
+    def predicted(self) -> float | None:
+        """Damage of all together: the sum of the pieces'; None where nothing was predicted."""
+        known = [damage for *_, damage in self.chosen if damage is not None]
+        return sum(known) if len(known) == len(self.chosen) else None
+
+    @property
+    def kept(self) -> float:
+        """Share of the pieces' parameters that stays."""
+        after = sum(form.parameters for _, form, _ in self.chosen)
+        return after / sum(piece.parameters for piece, _, _ in self.chosen)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``search.json`` says."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "predicted_damage": self.predicted,
+            "real_damage": self.real,
+            "real_damage_stderr": self.stderr,
+            "kept": self.kept,
+            "pieces": [
+                {
+                    "name": piece.name,
+                    "layer": piece.layer,
+                    "roles": list(dict.fromkeys(part.role for part in piece.slices)),
+                    "structure": form.structure,
+                    "sizes": list(form.sizes),
+                    "parameters_before": piece.parameters,
+                    "parameters_after": form.parameters,
+                    "predicted_damage": damage,
+                }
+                for piece, form, damage in self.chosen
+            ],
+        }
+
+
+def check_budget(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
+    """Return the pieces of a budget, from headers alone.
+
+    Raises: PlanError: no budget knows what the recipe selects, or the budget is out of reach.
+    """
+    pieces = make_pieces(match, recipe)
+    if recipe.plain:
+        _check_plain(match, recipe)
+    total = sum(piece.parameters for piece in pieces)
+    least = sum(_smallest(piece, plain=recipe.plain) for piece in pieces)
+    if recipe.keep is not None and recipe.keep * total < least:
+        raise _out_of_reach(f"keep {recipe.keep}", least, total, recipe)
+    return pieces
+
+
+def _smallest(piece: Piece, *, plain: bool) -> int:
+    """Return how few parameters a piece can have."""
+    if plain:
+        return piece.narrow(1).parameters if piece.cut else piece.parameters
+    return math.ceil(SMALLEST * piece.parameters)
+
+
+def _out_of_reach(budget: str, least: int, total: int, recipe: Recipe) -> PlanError:
+    """Say what the smallest budget is."""
+    ways = "FCs of one smaller width" if recipe.plain else "narrow FCs and matrices of low rank"
+    return PlanError(
+        f"{budget} is out of reach: of {total:,} parameters in roles {recipe.roles!r} and layers {recipe.layers!r} at "
+        f"least {least:,} ({least / total:.3f}) stay, by {ways}; give a larger budget, or more roles and layers"
+    )
+
+
+def _check_plain(match: FamilyMatch, recipe: Recipe) -> None:
+    """Raise PlanError for a plain budget over some of the layers: an ordinary checkpoint has one width."""
+    if len(recipe.selected_layers(match.layers)) < match.layers or match.inner_field is None:
+        raise PlanError(
+            "an ordinary checkpoint has one FC width in all its layers, named in its config: leave --layers out, or "
+            "leave --plain out"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Ledger:
+    """Sealed files of what was measured: ``damage-PIECE.json``, and ``order-PIECE.safetensors`` of eliminated units.
+
+    Attributes:
+        folder: where they lie.
+        identity: what they depend on; files of anything else are made anew.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, folder: Path, moments: Moments, windows: torch.Tensor) -> Ledger:
+        """Open the ledger of what is measured with some moments, on some windows."""
+        kind = moments.outputs.kind if moments.outputs else "none"
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        values = {"format_version": FORMAT_VERSION, "moments": moments.fingerprint, "outputs": kind, "windows": digest}
+        return cls(folder, values)
+
+    def load(self, piece: Piece) -> Measured | None:
+        """Return what is known of a piece; None where that is nothing."""
+        try:
+            record = json.loads(self._path(piece).read_bytes())
+            if record["identity"] != self._of(piece):
+                return None
+            points = [Point.from_json(values) for values in record["points"]]
+            damages = {(name, tuple(sizes)): (mean, stderr) for name, sizes, mean, stderr in record["damages"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # none, or torn: made anew
+        return Measured(piece, points, damages)
+
+    def save(self, measured: Measured) -> None:
+        """Seal what is known of a piece."""
+        record = {
+            "identity": self._of(measured.piece),
+            "points": [point.to_json() for point in measured.points],
+            "damages": [[name, list(sizes), *damage] for (name, sizes), damage in measured.damages.items()],
+        }
+        with sealed(self._path(measured.piece)) as file:
+            file.write(json.dumps(record).encode())
+
+    def elimination(self, piece: Piece, workshop: Workshop) -> Elimination | None:
+        """Return the order in which a piece's units are removed, worked out at its first use; None without units."""
+        if piece.cut is None:
+            return None
+        path = self.folder / f"order-{piece.name}.safetensors"
+        name = hashlib.sha256(json.dumps(self._of(piece), sort_keys=True).encode()).hexdigest()
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("identity") == name:
+                    return Elimination(file.get_tensor("order"), file.get_tensor("costs"), piece.cut.units)
+        except (OSError, SafetensorError):
+            pass  # none, or torn: made anew
+        found = workshop.elimination(piece)
+        tensors = {"order": found.order.cpu(), "costs": found.costs.cpu()}
+        with sealed(path) as file:
+            file.write(serialize(tensors, metadata={"identity": name}))
+        return Elimination(tensors["order"], tensors["costs"], found.count)
+
+    def _path(self, piece: Piece) -> Path:
+        return self.folder / f"damage-{piece.name}.json"
+
+    def _of(self, piece: Piece) -> dict[str, Any]:
+        return {**self.identity, "tensors": [part.tensor for part in piece.slices], "units": bool(piece.cut)}
+
+
+@dataclass(frozen=True, eq=False)
+class Searcher:
+    """One search under way.
+
+    Attributes:
+        checkpoint: the model.
+        recipe: with a budget.
+        family_file: as for a plan.
+        pieces: what is chosen for.
+        workshop: makes forms of them.
+        ledger: of what is measured.
+        gauge: that measures it.
+        observer: told of progress.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    family_file: Path | None
+    pieces: tuple[Piece, ...]
+    workshop: Workshop
+    ledger: Ledger
+    gauge: Gauge
+    observer: Observer
+
+    def mixed(self) -> Found:
+        """Measure, choose, check, and where the prediction was off measure what was chosen and choose again."""
+        known = self._measured()
+        found = self._checked(self._choose(known))
+        assert found.predicted is not None
+        if abs(found.real - found.predicted) <= MISSED * max(found.predicted, NOISE):
+            return found
+        LOG.info("the damage is %.4f nats, %.4f were predicted; measuring what was chosen", found.real, found.predicted)
+        self._refine(known, found)
+        again = self._checked(self._choose(known))
+        return min(found, again, key=lambda one: one.real)
+
+    def plain(self) -> Found:
+        """Choose the one width that an ordinary checkpoint can have."""
+        units = next((piece.cut.units for piece in self.pieces if piece.cut), 0)
+        step = next(step for step in (8, 4, 2, 1) if units % step == 0)
+        common = self.recipe.model_dump() | {"method": "narrow", "keep": None, "size": None, "plain": False}
+        widths = range(units - step, 0, -step)
+        recipes = (Recipe(**common | {"width": width, "roles": "all"}) for width in widths)
+        recipe = next((recipe for recipe in recipes if self._fits(recipe)), None)
+        if recipe is None:
+            raise PlanError(
+                f"no FC width meets the budget, down to {step} of {units} units: the rest of the model is larger; give "
+                "a larger budget, or leave --plain out"
+            )
+        width = recipe.width
+        assert isinstance(width, int)
+        forms = (piece.narrow(width) if piece.cut else Form(DENSE, (), piece.parameters) for piece in self.pieces)
+        chosen = tuple((piece, form, None) for piece, form in zip(self.pieces, forms, strict=True))
+        return self._checked(Found(recipe, chosen))
+
+    def _fits(self, recipe: Recipe) -> bool:
+        """Whether an output is within the budget, as it lands on disk."""
+        planned = make_plan(self.checkpoint, recipe, self.family_file)
+        if self.recipe.size is not None:
+            return planned.output_bytes <= self.recipe.size
+        assert self.recipe.keep is not None
+        total = sum(piece.parameters for piece in self.pieces)
+        lost = self.checkpoint.parameters - planned.output_parameters
+        return total - lost <= self.recipe.keep * total
+
+    def _choose(self, known: Mapping[str, Measured]) -> Found:
+        """Solve for the budget; a budget of bytes is met by solving again for what headers take."""
+        menus = [known[piece.name].options() for piece in self.pieces]
+        options = [[Option(form.parameters, damage) for form, damage in menu] for menu in menus]
+        total = sum(piece.parameters for piece in self.pieces)
+        least = sum(min(option.size for option in menu) for menu in options)
+        size = self.recipe.size
+        budget = int(self.recipe.keep * total) if self.recipe.keep is not None else self._parameters_of_size()
+        while True:
+            if budget < least:
+                name = f"keep {self.recipe.keep}" if size is None else f"size {size:,}"
+                raise _out_of_reach(name, least, total, self.recipe)
+            taken = choose(options, budget)
+            chosen = tuple((piece, *menu[index]) for piece, menu, index in zip(self.pieces, menus, taken, strict=True))
+            recipe = mixed_recipe(self.recipe, ((piece, form) for piece, form, _ in chosen))
+            excess = 0 if size is None else make_plan(self.checkpoint, recipe, self.family_file).output_bytes - size
+            if excess <= 0:
+                return Found(recipe, chosen)
+            budget -= math.ceil(excess / self._entry_bytes)
+
+    @cached_property
+    def _entry_bytes(self) -> float:
+        """Bytes of one parameter of the pieces, as they are stored."""
+        held = {name: self.checkpoint.tensors[name] for name in self._names}
+        return sum(info.nbytes for info in held.values()) / sum(info.parameters for info in held.values())
+
+    @property
+    def _names(self) -> set[str]:
+        return {part.tensor for piece in self.pieces for part in piece.slices}
+
+    def _parameters_of_size(self) -> int:
+        """Return how many of the pieces' parameters about fit into the bytes of the budget."""
+        assert self.recipe.size is not None
+        held = sum(self.checkpoint.tensors[name].nbytes for name in self._names)
+        rest = self.checkpoint.nbytes - held
+        if self.recipe.size >= self.checkpoint.nbytes:
+            raise PlanError(
+                f"size {self.recipe.size:,} is no less than the {self.checkpoint.nbytes:,} bytes of the shards; there "
+                "is nothing to compress"
+            )
+        return int((self.recipe.size - rest) / self._entry_bytes)
+
+    def _measured(self) -> dict[str, Measured]:
+        """Measure every reference form that is not in the ledger yet, from the last block to the first."""
+        blocks = sorted({piece.layer for piece in self.pieces}, reverse=True)
+        known: dict[str, Measured] = {}
+        for done, block in enumerate(blocks):
+            self.observer("measuring damage", done, len(blocks))
+            members = [self._curves(piece) for piece in self.pieces if piece.layer == block]
+            self._measure(block, [(one, point.form) for one in members for point in one.references()])
+            known |= {one.piece.name: one for one in members}
+        self.observer("measuring damage", len(blocks), len(blocks))
+        return known
+
+    def _curves(self, piece: Piece) -> Measured:
+        """Return what is known of a piece, at least what each of its forms loses."""
+        if (known := self.ledger.load(piece)) is not None:
+            return known
+        elimination = self.ledger.elimination(piece, self.workshop)
+        points = [
+            point for structure in piece.structures for point in self.workshop.curve(piece, structure, elimination)
+        ]
+        made = Measured(piece, points)
+        self.ledger.save(made)
+        return made
+
+    def _measure(self, block: int, forms: Sequence[tuple[Measured, Form]]) -> None:
+        """Measure forms of pieces of one block, and seal what comes out."""
+        missing = [(one, form) for one, form in forms if (form.structure, form.sizes) not in one.damages]
+        if not missing:
+            return
+        changes = [
+            self.workshop.tensors(one.piece, form, self.ledger.elimination(one.piece, self.workshop))
+            for one, form in missing
+        ]
+        for (one, form), damage in zip(missing, self.gauge.measure(block, changes), strict=True):
+            one.damages[form.structure, form.sizes] = (damage.mean, damage.stderr)
+        for one in {id(one): one for one, _ in missing}.values():
+            self.ledger.save(one)
+
+    def _refine(self, known: Mapping[str, Measured], found: Found) -> None:
+        """Measure the forms that were chosen, each by itself."""
+        blocks = sorted({piece.layer for piece in self.pieces}, reverse=True)
+        for done, block in enumerate(blocks):
+            self.observer("measuring what was chosen", done, len(blocks))
+            forms = [
+                (known[piece.name], form)
+                for piece, form, _ in found.chosen
+                if piece.layer == block and form.structure != DENSE
+            ]
+            self._measure(block, forms)
+        self.observer("measuring what was chosen", len(blocks), len(blocks))
+
+    def _checked(self, found: Found) -> Found:
+        """Measure what all chosen forms do together."""
+        changed: dict[str, torch.Tensor] = {}
+        for piece, form, _ in found.chosen:
+            changed |= self.workshop.tensors(piece, form, self.ledger.elimination(piece, self.workshop))
+        damage = self.gauge.measure_all(changed)
+        return replace(found, real=damage.mean, stderr=damage.stderr)
