@@ -264,3 +264,17 @@ def test_a_model_that_is_no_chain_of_blocks_behind_tokens_is_not_calibrated(name
 
 def test_a_text_is_cut_to_the_positions_that_mpt_has():
     assert position_limit(build_zoo("mpt"), None) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mixtral", "has no role down"),
+        ("qwen3_moe", "layer 0 of family qwen2_moe has no role down.*leave that layer out of --layers"),
+        ("qwen2_moe", "has FCs of unequal width here, 48 to 56"),
+        ("bart", "has FCs of unequal width here, 48 to 56"),
+    ],
+)
+def test_narrow_refuses_what_it_cannot_cut(name, reason, zoo):
+    with pytest.raises(PlanError, match=reason):
+        trawl.plan(zoo(name), trawl.Recipe(method="narrow", width=0.5, write="factored"))
