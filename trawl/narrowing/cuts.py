@@ -147,7 +147,7 @@ def fc_widths(match: FamilyMatch, layers: Sequence[int], width: Width) -> dict[i
         )
     if len(unequal := sorted(set(full.values()))) > 1:
         raise PlanError(
-            f"family {match.family} has FCs of unequal width here, {unequal[0]} to {unequal[-1]}; narrow knows one width. "
+            f"family {match.family} has FCs of unequal width here, {unequal[0]} to {unequal[-1]}; narrow knows one. "
             "Decompose with --method svd, cp or tucker instead"
         )
     if isinstance(width, tuple):
