@@ -46,7 +46,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_row(*map(printable, row))
     console = Console(markup=False)
     if not console.is_terminal:  # a file has no width to fit into
-        console = Console(markup=False, width=Console(width=10_000).measure(table).maximum)
+        console = Console(markup=False, width=Console(markup=False, width=10_000).measure(table).maximum)
     console.print(table)
 
 

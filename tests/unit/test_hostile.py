@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trawl_cli.console import print_table
 
 import trawl
 from tests.hostile import (
@@ -477,6 +478,14 @@ def test_a_converted_file_follows_the_umask_and_leaves_no_temporary_folder(tmp_p
 def test_plain_values():
     assert parse_json(b"[" * 64 + b"]" * 64)
     assert parse_yaml("a: 1\nb: [x, 2.5]") == {"a": 1, "b": ["x", 2.5]}
+
+
+def test_names_steer_neither_tables_nor_the_terminal(capsys):
+    print_table("model[/b]", ("name",), [["[/red]\x1b[2J"]])
+    shown = capsys.readouterr().out
+    assert "model[/b]" in shown
+    assert "[/red]\\x1b[2J" in shown
+    assert "\x1b" not in shown
 
 
 def test_own_file_names_what_is_missing(tmp_path):
