@@ -64,7 +64,11 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--seed", type=int, help="Seed of every random choice.  [default: 0]"),
     click.option("--n-iter-max", type=int, help="Cap on sweeps.  [default: the method's own]"),
     click.option("--tol", type=float, help="Change of fit under which sweeps stop.  [default: the method's own]"),
-    click.option("--compute", metavar="float32|bf16", help="bf16 speeds up the range finder, never the final error."),
+    click.option(
+        "--compute",
+        metavar="float32|bf16",
+        help="bf16 is faster where the processor is: range finder, calibration; errors are still measured in float32.",
+    ),
     click.option("--engine", metavar="streaming|tensorly", help="tensorly holds the stack in memory, the reference."),
     click.option(
         "--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML with these options; options given win."

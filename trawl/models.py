@@ -131,3 +131,14 @@ def no_bars() -> Iterator[None]:
     finally:
         if drawn:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let float32 products round their factors to the processor's fast format in a ``with`` block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -72,6 +72,7 @@ def plan(
         calibration_tokens,
         folder=kept,
         output_weighting=recipe.output_weighting,
+        compute=recipe.compute,
     )
     if isinstance(source, Calibration) and recipe.anchored:
         return replace(planned, notes=(*planned.notes, _anchored_note(source)))
@@ -242,6 +243,7 @@ def _compress(
         folder=kept,
         device=where,
         output_weighting=recipe.output_weighting,
+        compute=recipe.compute,
     )
     if source is None and planned.narrowed:
         source = random_calibration(checkpoint, planned.match, calibration_tokens, where)

@@ -17,6 +17,7 @@ from trawl.untrusted import LARGEST_YAML, parse_yaml
 
 METHODS = ("cp", "tucker", "svd", "narrow", "mixed")
 OutputWeighting = Literal["none", "fisher", "kronecker"]
+Compute = Literal["float32", "bf16"]
 ROLE_GROUPS = {**KINDS, "all": ROLES}
 IN_COMMON = ("write", "factor_dtype", "allow_larger", "output_weighting", "seed", "compute", "engine")  # of all parts
 
@@ -55,7 +56,8 @@ class Recipe(BaseModel):
         seed: of every random choice.
         n_iter_max: cap on sweeps; None takes the method's own.
         tol: change of fit under which sweeps stop; None takes the method's own.
-        compute: ``"bf16"`` lets the range finder multiply in bfloat16, where the processor is fast at it.
+        compute: ``"bf16"`` lets the range finder, and the model on a calibration text, multiply in bfloat16, where the
+            processor is fast at it; the default of a budget.
         engine: ``"streaming"``, or ``"tensorly"`` for the whole stack in memory, the reference.
     """
 
@@ -81,7 +83,7 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     n_iter_max: int | None = Field(default=None, ge=1)
     tol: float | None = Field(default=None, ge=0)
-    compute: Literal["float32", "bf16"] = "float32"
+    compute: Compute = "float32"
     engine: Literal["streaming", "tensorly"] = "streaming"
 
     @field_validator("layers", mode="before")
@@ -114,6 +116,7 @@ class Recipe(BaseModel):
             "method": "mixed",
             "write": "dense" if values.get("plain") else "factored",
             "output_weighting": "kronecker",
+            "compute": "bf16",
             **values,
         }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from trawl.calibration.streaming import Batch, BlockChain
 from trawl.errors import CheckpointError
+from trawl.models import fast_products
 
 WINDOWS = 6  # of the calibration text that damages are measured on
 LENGTH = 512  # tokens of each
@@ -127,17 +128,6 @@ class Gauge:
         scored = replace(batch, hidden=hidden[None, ::STRIDE])
         logits: Tensor = self.chain.leave(scored).logits[0]
         return logits.float().log_softmax(-1)
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """Let float32 products round their factors to the processor's fast format in a ``with`` block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def gauge_windows(windows: Tensor) -> Tensor:

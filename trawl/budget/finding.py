@@ -83,9 +83,15 @@ def find(
             "model than with a text of its kind; pass --calibrate TEXT"
         )
     else:
-        kind = recipe.output_weighting
         source = open_moments(
-            checkpoint, match, calibrate, calibration_tokens, folder=folder, device=device, output_weighting=kind
+            checkpoint,
+            match,
+            calibrate,
+            calibration_tokens,
+            folder=folder,
+            device=device,
+            output_weighting=recipe.output_weighting,
+            compute=recipe.compute,
         )
     assert isinstance(source, Calibration)
     moments = make_moments(source, folder, observer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from trawl.checkpoint import Checkpoint
 from trawl.errors import LoadError, PlanError
 from trawl.families import FamilyMatch
 from trawl.observers import Observer, silent
-from trawl.recipe import OutputWeighting
+from trawl.recipe import Compute, OutputWeighting
 from trawl.stacking import READ_ALIKE, READ_INNER
 from trawl.tokens import encode_plain, position_limit, prefix_tokens
 
@@ -39,6 +40,7 @@ class Calibration:
         tokens: to run through the model, at most.
         device: where to compute.
         output_weighting: which moments of gradients are made beside those of the inputs.
+        compute: what products are formed in.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +49,7 @@ class Calibration:
     tokens: int
     device: torch.device
     output_weighting: OutputWeighting = "none"
+    compute: Compute = "float32"
 
     @cached_property
     def chain(self) -> Any:
@@ -74,8 +77,8 @@ class Calibration:
     def identity(self) -> Identity:
         """What the moments will depend on."""
         digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
-        text = self.text
-        return Identity(self.checkpoint.fingerprint, text.name, text.sha256, digest, *self.windows.shape)
+        text, (windows, length) = self.text, self.windows.shape
+        return Identity(self.checkpoint.fingerprint, text.name, text.sha256, digest, windows, length, self.compute)
 
     @property
     def fingerprint(self) -> str:
@@ -147,8 +150,11 @@ class Calibration:
         Cost: as :func:`trawl.calibration.gathering.gather`, and with output weighting as
             :func:`trawl.calibration.gradients.gather_gradients` too.
         """
-        moments = self._make_inputs(folder, observer)
-        return moments if self.output_weighting == "none" else self._make_outputs(folder, observer)
+        from trawl.models import fast_products  # noqa: PLC0415 (transformers' model code: a second)
+
+        with fast_products() if self.compute == "bf16" else nullcontext():
+            moments = self._make_inputs(folder, observer)
+            return moments if self.output_weighting == "none" else self._make_outputs(folder, observer)
 
     def _make_outputs(self, folder: Path, observer: Observer) -> Moments:
         """Return moments whose inputs are there, making those of gradients unless they are there too."""
@@ -190,6 +196,7 @@ def open_moments(
     folder: Path | None = None,
     device: torch.device = CPU,
     output_weighting: OutputWeighting = "none",
+    compute: Compute = "float32",
 ) -> Calibration | Moments | None:
     """Find out where a run's moments come from, as far as that is cheap.
 
@@ -201,6 +208,7 @@ def open_moments(
         folder: that keeps moments.
         device: where to compute.
         output_weighting: which moments of gradients are wanted beside those of the inputs.
+        compute: what products are formed in.
     Returns: a text to calibrate on, or the moments of a folder where no text is given; None where neither is.
     Raises: PlanError: there is no such text or folder, it is empty, binary or too short, or the folder keeps moments of
         something else. LoadError: the folder is damaged.
@@ -215,7 +223,9 @@ def open_moments(
         return Moments.open(folder, checkpoint, output_weighting) if folder else None
     if tokens < 1:
         raise PlanError(f"calibration tokens are {tokens}; expected a number from 1, such as {DEFAULT_TOKENS}")
-    calibration = Calibration(checkpoint, match, read_text(str(text), tokens), tokens, device, output_weighting)
+    calibration = Calibration(
+        checkpoint, match, read_text(str(text), tokens), tokens, device, output_weighting, compute
+    )
     calibration.check(folder)
     return calibration
 

@@ -23,7 +23,7 @@ from trawl.calibration.outputs import OutputMoments
 from trawl.checkpoint import Checkpoint, read_shard
 from trawl.errors import CheckpointError, LoadError, PlanError
 from trawl.families import Placement
-from trawl.recipe import OutputWeighting
+from trawl.recipe import Compute, OutputWeighting
 from trawl.shards import sealed
 from trawl.views import parse
 
@@ -54,6 +54,7 @@ class Identity:
         tokens_sha256: digest of the windows' token ids, which text and tokenizer decide.
         windows: how many.
         length: tokens of each.
+        compute: what products were formed in.
     """
 
     model: str
@@ -62,11 +63,14 @@ class Identity:
     tokens_sha256: str
     windows: int
     length: int
+    compute: Compute = "float32"
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the moments but the text's name."""
         values = {**asdict(self), "text": "", "format_version": FORMAT_VERSION}
+        if self.compute == "float32":
+            del values["compute"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def difference(self, other: Identity) -> str:
@@ -77,6 +81,8 @@ class Identity:
             return f"another text ({self.text}, not {other.text})"
         if (self.windows, self.length) != (other.windows, other.length):
             return f"{self.windows} windows of {self.length} tokens, not {other.windows} of {other.length}"
+        if self.compute != other.compute:
+            return f"products in {self.compute}, not {other.compute}"
         return "another tokenizer" if self.tokens_sha256 != other.tokens_sha256 else ""
 
 

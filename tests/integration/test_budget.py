@@ -1,0 +1,225 @@
+"""Budgets end to end: met on disk and never exceeded, loadable, resumed, and refused where they cannot be."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trawl
+from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fixtures)
+from tests.integration.test_compress import weights_hash
+from trawl.budget import SEARCH_RECORD
+from trawl.budget import damage as damage_module
+from trawl.errors import PlanError
+from trawl.hub import open_checkpoint
+from trawl.planning import match_checkpoint
+
+TOKENS = 512
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    caplog.set_level("ERROR", "trawl")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder of moments and damages that tests share; each part is measured once."""
+    return tmp_path_factory.mktemp("search")
+
+
+def compress(source, out, words, kept=None, **options):
+    recipe = trawl.Recipe(**options)
+    return trawl.compress(source, recipe, out, calibrate=words, calibration_tokens=TOKENS, moments=kept)
+
+
+def of_layers(folder):
+    checkpoint = open_checkpoint(folder)
+    return sum(math.prod(part.shape) for part in match_checkpoint(checkpoint).placements)
+
+
+def stored(folder):
+    return sum(tensor.numel() for path in folder.glob("*.safetensors") for tensor in load_file(path).values())
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.71, 0.9])
+def test_a_share_is_met_on_disk_and_never_exceeded(keep, model, text, kept, tmp_path):  # noqa: F811
+    report = compress(model, tmp_path / "out", text, kept, keep=keep)
+    lost = stored(model) - stored(tmp_path / "out")
+    share = 1 - lost / of_layers(model)
+    step = 40 * 8 / of_layers(model)  # of one rank step, of matrices that are tiny
+    assert keep - step <= share <= keep
+    found = json.loads((tmp_path / "out" / SEARCH_RECORD).read_text())
+    assert found["kept"] == pytest.approx(share)
+    assert {stack.name for stack in report.stacks} == {
+        stack for piece in found["pieces"] for stack in names_of(piece) if piece["structure"] != "dense"
+    }
+
+
+def names_of(piece):
+    """Names of the stacks that a piece becomes."""
+    if piece["structure"] == "narrow" or len(piece["sizes"]) == 1:
+        return [piece["name"]]
+    groups = ["gateup", "down"] if piece["structure"] == "joint" else piece["roles"]
+    return [f"{group}.{piece['layer']}" for group in groups]
+
+
+def test_a_size_is_met_on_disk_and_never_exceeded(model, text, kept, tmp_path):  # noqa: F811
+    before = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    size = int(0.8 * before)
+    compress(model, tmp_path / "out", text, kept, size=size)
+    after = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.97 * size <= after <= size
+
+
+def test_the_output_loads_and_does_what_search_json_says(model, text, kept, tmp_path):  # noqa: F811
+    compress(model, tmp_path / "out", text, kept, keep=0.7)
+    found = json.loads((tmp_path / "out" / SEARCH_RECORD).read_text())
+    ids = AutoTokenizer.from_pretrained(model)(text.read_text(), return_tensors="pt", verbose=False)["input_ids"]
+    with torch.no_grad():
+        p, q = (
+            each(ids[:, :60]).logits.log_softmax(-1)
+            for each in (AutoModelForCausalLM.from_pretrained(model), trawl.load(tmp_path / "out"))
+        )
+    divergence = float((p.exp() * (p - q)).sum(-1).mean())
+    assert divergence == pytest.approx(found["real_damage"], rel=0.6)  # other windows of the same text
+    trawl.densify(tmp_path / "out", tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(dense(ids[:, :60]).logits.log_softmax(-1), q, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_is_an_ordinary_checkpoint_of_one_width(model, text, kept, tmp_path):  # noqa: F811
+    compress(model, tmp_path / "out", text, kept, keep=0.75, plain=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.intermediate_size == loaded.model.layers[0].mlp.up_proj.out_features < 48
+    share = 1 - (stored(model) - stored(tmp_path / "out")) / of_layers(model)
+    assert 0.75 - 4 * 3 * 3 * 32 / of_layers(model) <= share <= 0.75
+
+
+def test_damages_that_were_measured_are_used_again_and_an_interrupted_search_goes_on(
+    model,  # noqa: F811
+    text,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    original, measured = damage_module.Gauge.measure, []
+
+    def stop_at_layer(number):
+        def measure(self, block, changes):
+            if block == number:
+                raise KeyboardInterrupt
+            measured.append(block)
+            return original(self, block, changes)
+
+        monkeypatch.setattr(damage_module.Gauge, "measure", measure)
+
+    stop_at_layer(0)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", text, keep=0.8)
+    assert measured == [2, 1]
+    assert (tmp_path / "out.search").is_dir()
+    measured.clear()
+    stop_at_layer(-1)
+    compress(model, tmp_path / "out", text, keep=0.8)
+    assert measured[0] == 0
+    assert not (tmp_path / "out.search").exists()
+    monkeypatch.setattr(damage_module.Gauge, "measure", original)
+    compress(model, tmp_path / "undisturbed", text, keep=0.8)
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "undisturbed")
+
+
+def test_predicted_and_real_damage_go_together(model, text, kept):  # noqa: F811
+    found = [
+        trawl.find_recipe(model, trawl.Recipe(keep=keep), kept, calibrate=text, calibration_tokens=TOKENS)
+        for keep in (0.5, 0.6, 0.7, 0.8, 0.9)
+    ]
+    predicted, real = (torch.tensor([getattr(one, name) for one in found]).log() for name in ("predicted", "real"))
+    assert float(torch.corrcoef(torch.stack([predicted, real]))[0, 1]) > 0.9
+    assert real.tolist() == sorted(real.tolist(), reverse=True)
+
+
+def test_the_recipe_that_was_found_gives_the_same_bytes(cli, model, text, kept, tmp_path):  # noqa: F811
+    code, out, err = cli(
+        *("plan", model, "--keep", 0.7, "--calibrate", text, "--calibration-tokens", TOKENS, "--moments", kept),
+        "--save-recipe",
+    )
+    assert code == 0, err
+    (tmp_path / "recipe.yaml").write_text(out)
+    code, _, err = cli("compress", model, "--recipe", tmp_path / "recipe.yaml", "--moments", kept, "-o", tmp_path / "a")
+    assert code == 0, err
+    compress(model, tmp_path / "b", text, kept, keep=0.7)
+    assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b")
+
+
+def test_a_budget_as_typed(cli, model, text, kept, tmp_path):  # noqa: F811
+    calibration = ("--calibrate", text, "--calibration-tokens", TOKENS, "--moments", kept)
+    code, out, err = cli("plan", model, "--keep", 0.7, *calibration)
+    assert code == 0, err
+    assert "predicted damage" in out
+    assert "KL divergence from the original" in out
+    code, out, err = cli("compress", model, "--keep", 0.7, *calibration, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "nats a token" in out
+    code, out, err = cli("compress", model, "--size", "40kB", *calibration, "-o", tmp_path / "small")
+    assert code == 2
+    assert "out of reach" in err
+    assert not (tmp_path / "small").exists()
+
+
+MISTAKES = [
+    (("--keep", "0.05"), "keep 0.05 is out of reach"),
+    (("--keep", "1.5"), "keep is 1.5"),
+    (("--keep", "0.8", "--rank", "4"), "leave one of the two out"),
+    (("--keep", "0.8", "--method", "cp"), "leave --method out"),
+    (("--keep", "0.8", "--size", "1MB"), "one of keep, size and parts"),
+    (("--size", "1GB"), "is no less than"),
+    (("--keep", "0.8", "--plain", "--layers", "1"), "one FC width in all its layers"),
+    (("--keep", "0.8", "--roles", "q,lm_head"), "lm_head"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing(  # noqa: PLR0917 (fixtures)
+    options,
+    message,
+    cli,  # noqa: F811
+    model,  # noqa: F811
+    text,  # noqa: F811
+    kept,
+    tmp_path,
+):
+    calibration = ("--calibrate", text, "--calibration-tokens", TOKENS, "--moments", kept)
+    code, _, err = cli("compress", model, *options, *calibration, "-o", tmp_path / "out")
+    assert code == 2, err
+    assert message in " ".join(err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_that_overlap_are_refused(model, tmp_path):  # noqa: F811
+    parts = ({"method": "svd", "rank": 4, "roles": "q"}, {"method": "cp", "rank": 4, "roles": "attn"})
+    with pytest.raises(PlanError, match="parts of the mixed recipe overlap"):
+        trawl.compress(model, trawl.Recipe(method="mixed", parts=parts, write="factored"), tmp_path / "out")
+
+
+def test_a_mixed_recipe_with_every_method_writes_loads_and_densifies(model, tmp_path):  # noqa: F811
+    parts = (
+        {"method": "svd", "rank": 8, "roles": "q,k,v", "share": "input", "layers": "0"},
+        {"method": "tucker", "rank": 12, "roles": "fc", "layers": "0"},
+        {"method": "cp", "rank": 8, "roles": "attn", "layers": "1-2"},
+        {"method": "narrow", "width": (40, 24), "layers": "1-2"},
+    )
+    recipe = trawl.Recipe(method="mixed", parts=parts, write="factored")
+    report = trawl.compress(model, recipe, tmp_path / "out", calibration_tokens=TOKENS)
+    assert len(report.stacks) == 6
+    trawl.densify(tmp_path / "out", tmp_path / "dense")
+    ids = torch.randint(3, 60, (2, 9))
+    one, other = (
+        each(ids).logits
+        for each in (trawl.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

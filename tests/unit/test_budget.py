@@ -1,0 +1,136 @@
+"""Budgets: the knapsack against brute force, and curves against what decompositions really lose."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trawl.budget import Form, Option, choose, make_pieces
+from trawl.budget.curves import Point, Workshop
+from trawl.budget.searching import Measured
+from trawl.calibration import make_moments, random_calibration
+from trawl.checkpoint import open_folder
+from trawl.errors import PlanError
+from trawl.planning import match_checkpoint
+from trawl.recipe import Recipe
+
+OPTIONS = st.builds(Option, st.integers(0, 60), st.floats(0, 1).map(lambda damage: round(damage, 3)))
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.lists(OPTIONS, min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 200))
+def test_the_choice_is_the_best_of_all_that_fit(menus, budget):
+    fitting = [
+        sum(option.damage for option in taken)
+        for taken in itertools.product(*menus)
+        if sum(option.size for option in taken) <= budget
+    ]
+    if not fitting:
+        with pytest.raises(PlanError, match="out of reach"):
+            choose(menus, budget)
+        return
+    chosen = [menu[index] for menu, index in zip(menus, choose(menus, budget), strict=True)]
+    assert sum(option.size for option in chosen) <= budget
+    assert sum(option.damage for option in chosen) == pytest.approx(min(fitting), abs=1e-9)
+
+
+def test_thousands_of_options_are_chosen_from_within_a_second_or_so():
+    generator = torch.Generator().manual_seed(0)
+    menus = []
+    for _ in range(90):
+        sizes = torch.randint(100, 100_000, (50,), generator=generator).tolist()
+        scale = float(torch.rand(1, generator=generator)) + 0.01
+        menus.append([Option(0, 100.0), *(Option(size, scale / size) for size in sizes)])
+    taken = choose(menus, 2_000_000)
+    assert sum(menu[index].size for menu, index in zip(menus, taken, strict=True)) <= 2_000_000
+    relaxed = 0.99 * 2_000_000  # the optimum uses nearly all of the budget
+    assert sum(menu[index].size for menu, index in zip(menus, taken, strict=True)) > relaxed
+
+
+def measured(damages, structures=("narrow",)):
+    points = [Point(Form(name, (size,), 100 * size), 10.0 / size) for name in structures for size in (2, 4, 6, 8)]
+    return Measured(None, points, damages)
+
+
+def test_damage_is_carried_over_by_the_loss():
+    known = measured({("narrow", (4,)): (0.1, 0.0), ("narrow", (8,)): (0.025, 0.0)})
+    by_size = {form.sizes[0]: damage for form, damage in ((point.form, known.predict(point)) for point in known.points)}
+    assert by_size[4] == 0.1
+    assert by_size[8] == 0.025
+    assert by_size[2] == pytest.approx(0.4)  # damage goes with the square of the loss, beyond the sizes measured too
+    assert by_size[6] == pytest.approx(0.1 * (4 / 6) ** 2)
+    one = measured({("joint", (4,)): (0.1, 0.0)}, ("joint", "single"))
+    damages = {point.form: one.predict(point) for point in one.points}
+    assert damages[Form("joint", (8,), 800)] == pytest.approx(0.05)
+    assert damages[Form("single", (8,), 800)] == pytest.approx(0.05)  # its loss is in the same unit
+
+
+def test_noise_makes_no_damage_negative_and_no_slope_steep():
+    known = measured({("narrow", (4,)): (0.0, 0.0), ("narrow", (8,)): (1.0, 0.0)})
+    assert all(0 < known.predict(point) < math.inf for point in known.points)
+
+
+@pytest.fixture(scope="module")
+def workshop(zoo, tmp_path_factory):
+    checkpoint = open_folder(zoo("llama"))
+    match = match_checkpoint(checkpoint)
+    moments = make_moments(random_calibration(checkpoint, match, 256), tmp_path_factory.mktemp("moments"))
+    return Workshop(checkpoint, moments, CPU), make_pieces(match, Recipe(keep=0.5))
+
+
+def output_error(workshop, part, changed):
+    """E‖(W − Ŵ) x‖² of one matrix's outputs, by the moments."""
+    checkpoint, moment = workshop.checkpoint, workshop.moments.input(part).matrix.double()
+    before, after = (part.view.apply(t).double() for t in (checkpoint.read(part.tensor), changed[part.tensor]))
+    miss = before - after if part.role not in ("o", "down") else (before - after).T
+    return float(torch.einsum("ij,jk,ik->", miss, moment, miss))
+
+
+def test_every_curve_says_what_its_forms_really_lose(workshop):
+    workshop, pieces = workshop
+    seen = set()
+    for piece in pieces[:3]:
+        elimination = workshop.elimination(piece) if piece.cut else None
+        for structure in piece.structures:
+            points = workshop.curve(piece, structure, elimination)
+            sizes = [point.form.parameters for point in points]
+            assert sizes == sorted(sizes)
+            assert sizes[-1] < piece.parameters
+            losses = [point.loss for point in points]
+            assert losses == sorted(losses, reverse=True)
+            for point in (points[0], points[len(points) // 2]):
+                changed = workshop.tensors(piece, point.form, elimination)
+                parts = [part for part in piece.slices if part.tensor in changed]
+                real = sum(output_error(workshop, part, changed) for part in parts)
+                assert point.loss == pytest.approx(real, rel=0.05, abs=1e-6), (piece.name, structure, point.form)
+            seen.add(structure)
+    assert seen == {"narrow", "joint", "single"}
+
+
+def test_pieces_hold_every_matrix_once(workshop):
+    workshop, pieces = workshop
+    tensors = [part.tensor for piece in pieces for part in piece.slices]
+    assert len(tensors) == len(set(tensors)) == 3 * 7
+    assert sum(piece.parameters for piece in pieces) == sum(
+        workshop.checkpoint.tensors[tensor].parameters for tensor in tensors
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"keep": 0.5, "method": "cp"}, "a budget chooses a method"),
+        ({"keep": 0.5, "rank": 4}, "a budget chooses every rank"),
+        ({"keep": 0.5, "size": 100}, "one of keep, size and parts"),
+        ({"keep": 0.5, "write": "dense"}, "pass --write factored, or --plain"),
+        ({"keep": 0.5, "plain": True, "write": "factored"}, "plain is for a budget's ordinary checkpoint"),
+        ({"keep": 0.5, "anchored": True}, "anchored"),
+        ({"method": "mixed"}, "one of keep, size and parts"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(values, message):
+    with pytest.raises(PlanError, match=message):
+        Recipe(**values)
