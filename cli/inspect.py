@@ -57,6 +57,8 @@ def show_summary(model: str, revision: str | None, family_file: Path | None, as_
         f"{summary['model']}: family {summary['family']}, {summary['layers']} layers, "
         f"{summary['parameters']:,} parameters, {human_bytes(summary['bytes'])} in {summary['shards']} shards"
     )
+    if summary["towers"]:
+        click.echo("layers: " + ", ".join(f"{tower} {layers}" for tower, layers in summary["towers"].items()))
     for line in summary["assumed"]:
         click.echo(f"assumed: {line}")
     rows = [

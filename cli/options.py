@@ -32,8 +32,8 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--layers", metavar="20-30,35|all", help="Layers, counted from 0.  [default: all]"),
     click.option(
         "--roles",
-        metavar="fc|attn|all|LIST",
-        help="Matrices; LIST of q,k,v,o,gate,up,down,embed,lm_head.  [default: all]",
+        metavar="fc|attn|experts|all|LIST",
+        help="Matrices; LIST of q,k,v,o,gate,up,down,embed,lm_head and others (trawl inspect).  [default: all]",
     ),
     click.option(
         "--group-layers",

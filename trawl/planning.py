@@ -21,7 +21,7 @@ from trawl.families import KIND_OF, FamilyMatch, Placement, match_family
 from trawl.layout import ShardLayout, make_layout
 from trawl.narrowing import Narrowed, fc_widths, narrow
 from trawl.recipe import Recipe
-from trawl.stacking import Stack, make_stacks
+from trawl.stacking import Stack, format_layers, make_stacks
 
 WRITE_BLOCK_BYTES = 64 << 20  # scratch of the writing loop, see trawl.writing
 FACTOR_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -397,6 +397,7 @@ def summarize(checkpoint: Checkpoint, match: FamilyMatch) -> dict[str, Any]:
         "family": match.family,
         "assumed": list(match.assumed),
         "layers": match.layers,
+        "towers": {tower: format_layers(layers) for tower, layers in match.towers.items() if tower},
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.nbytes,
         "shards": len(checkpoint.shards),

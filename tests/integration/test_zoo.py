@@ -14,7 +14,7 @@ from trawl.calibration.streaming import open_chain
 from trawl.checkpoint import Checkpoint, open_folder
 from trawl.errors import PlanError
 from trawl.families import EXPERTS
-from trawl.planning import match_checkpoint
+from trawl.planning import match_checkpoint, summarize
 from trawl.stacking import Place
 from trawl.tokens import position_limit
 from trawl.writing import multiply_out
@@ -278,3 +278,11 @@ def test_a_text_is_cut_to_the_positions_that_mpt_has():
 def test_narrow_refuses_what_it_cannot_cut(name, reason, zoo):
     with pytest.raises(PlanError, match=reason):
         trawl.plan(zoo(name), trawl.Recipe(method="narrow", width=0.5, write="factored"))
+
+
+def test_inspect_says_which_layers_each_tower_has(zoo):
+    checkpoint = open_folder(zoo("bart"))
+    summary = summarize(checkpoint, match_checkpoint(checkpoint))
+    assert (summary["layers"], summary["towers"]) == (5, {"encoder": "0-1", "decoder": "2-4"})
+    names = [group["name"] for group in summary["groups"]]
+    assert names == ["attn.0-1", "fc.0-1", "attn.2-4", "cross.2-4", "fc.2-4"]
