@@ -105,6 +105,8 @@ def run_command(arguments: list[str], errors: Path, memory: int = 0) -> None:
 
     descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(descriptor, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's processes ignore it
     sys.argv = ["trawl", *arguments]
     if memory:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
