@@ -393,6 +393,23 @@ def test_a_file_of_ones_own(tmp_path):
         ("{part: 1}", "[part, 1]", r"roles\.k\.take is .*expected a mapping"),
         ("model_types: [mine]", "model_types: [1]", r"model_types is \[1\]"),
         ("model_types: [mine]", "model_types: [", "is not YAML"),
+        (
+            "view: rows hidden,",
+            "view: rows hidden, unless: [a],",
+            r"roles\.up\.unless is .*expected the name of a tensor",
+        ),
+        ("view: rows hidden,", "view: rows hidden, optional: 1,", r"roles\.up\.optional is 1; expected true or false"),
+        ("tensor: [w_in, up]", 'tensor: ["{3 ** layer}", up]', r"roles\.up\.tensor: size '3 \*\* layer' may hold only"),
+        ("  up:", "  expert_up:", "roles has experts; expected their number under experts"),
+        (
+            "roles:",
+            "kinds: [attn, mlp]\nroles:",
+            r"mine\.yaml: kinds has 'mlp'; expected some of attn, cross, ssm, fc, experts",
+        ),
+        ("roles:", "kinds: [cross]\nroles:", r"mine\.yaml: roles is empty"),
+        ("roles:", "towers: {}\nroles:", r"mine\.yaml: towers has 0 entries"),
+        ("roles:", "towers: {a: {layer: b}}\nroles:", r"mine\.yaml: towers\.a: layer is 'b'; expected a path"),
+        ("roles:", "towers: {a: {roles: {k: []}}}\nroles:", r"towers\.a: roles\.k is empty"),
     ],
 )
 def test_a_malformed_file_is_refused_by_key(tmp_path, old, new, message):
@@ -402,6 +419,55 @@ def test_a_malformed_file_is_refused_by_key(tmp_path, old, new, message):
     with pytest.raises(FamilyError, match=message) as caught:
         load_family(path)
     assert "\n" not in str(caught.value)
+
+
+TOWERS = """
+prefixes: [body.]
+layer: "{tower}"
+layers: 2
+sizes: {hidden: width, inner: 6}
+roles:
+  up: {tensor: up, view: inner hidden}
+  q: {tensor: q, view: hidden hidden2 -> hidden2 hidden, optional: true}
+towers:
+  first: {layer: "a.{layer // 2}.{layer % 2}.", layers: 3}
+  second: {layer: "b.{layer + 1}.", sizes: {inner: inner2}, roles: {down: {tensor: down, view: inner hidden}}}
+  third: {layer: "c.{layer}."}
+"""
+
+
+def test_towers_take_what_stands_beside_them_and_names_hold_expressions(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(TOWERS.replace('layer: "{tower}"\n', ""), encoding="utf-8")
+    names = ["a.0.0.up", "a.0.1.up", "a.1.0.up", *(f"b.{layer}.{name}" for layer in (1, 2) for name in ("up", "down"))]
+    shapes = {f"body.{name}": (6 if name[0] == "a" else 5, 8) for name in names}
+    config = {"width": 8, "inner2": 5}
+    match = match_family(config, shapes, path)
+    assert [(part.layer, part.tower, part.tensor.removeprefix("body.")) for part in match.placements] == [
+        (0, "first", "a.0.0.up"),
+        (1, "first", "a.0.1.up"),
+        (2, "first", "a.1.0.up"),
+        (3, "second", "b.1.up"),
+        (3, "second", "b.1.down"),
+        (4, "second", "b.2.up"),
+        (4, "second", "b.2.down"),
+    ]
+    assert (match.layers, dict(match.towers)) == (5, {"first": range(3), "second": range(3, 5)})
+    some = {**shapes, "body.a.0.1.q": (8, 8)}  # optional: in all layers of a tower, or in none
+    with pytest.raises(FamilyError, match=r"body\.a\.0\.0\.q is missing.*3 layers"):
+        match_family(config, some, path)
+    whole = {**shapes, **{f"body.{name}.q": (8, 8) for name in ("a.0.0", "a.0.1", "a.1.0")}}
+    assert [part.role for part in match_family(config, whole, path).placements[:2]] == ["q", "up"]
+
+
+@pytest.mark.parametrize(("family", "config"), [("clip", "CLIP"), ("siglip", "Siglip")])
+def test_tower_defaults_are_those_of_their_config_classes(family, config):
+    for tower in packaged_families()[family].towers:
+        default = getattr(transformers, f"{config}{tower.name.capitalize()}Config")()
+        fields = {"layers": tower.layers, **dict(tower.sizes)}
+        numbers = {values[0]: int(values[1]) for values in fields.values() if len(values) == 2}
+        assert set(numbers) == {"num_hidden_layers", "hidden_size", "intermediate_size"}
+        assert all(getattr(default, field) == number for field, number in numbers.items())
 
 
 def test_a_file_that_cannot_work_out_its_cuts(tmp_path):
