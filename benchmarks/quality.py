@@ -112,9 +112,8 @@ class Bench:
                 f"ppl:{text}",
                 tokenizer=self.tokenizer,
                 limit=self.options.windows,
-                context=1024,
-                stride=1024,
-                device=str(self.device),
+                context=self.options.context,
+                stride=self.options.context,
                 batch_tokens=self.options.batch_tokens,
             )[0].figure("perplexity")
             figures[name] = {"value": result.value, "stderr": result.stderr}
@@ -127,7 +126,6 @@ class Bench:
                 f"{kind}:{data / file}",
                 tokenizer=self.tokenizer,
                 limit=limit,
-                device=str(self.device),
                 batch_tokens=self.options.batch_tokens,
             )[0].figure(ACCURACY[kind])
             figures[file.removesuffix(".jsonl")] = {"value": result.value, "stderr": result.stderr}
@@ -314,7 +312,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="keeps moments and damages for another run")
     parser.add_argument("--keep", type=float, action="append", required=True, help="of the layers' linear weights")
     parser.add_argument("--row", action="append", help="rows to make; by default all")
-    parser.add_argument("--windows", type=int, default=24, help="of 1024 tokens, of each text")
+    parser.add_argument("--windows", type=int, default=24, help="of each text")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a window of a text")
     parser.add_argument("--limit", type=int, default=500, help="records of each task")
     parser.add_argument("--no-accuracy", dest="accuracy", action="store_false", help="perplexities only")
     parser.add_argument("--device", default="auto")

@@ -223,3 +223,19 @@ def test_a_mixed_recipe_with_every_method_writes_loads_and_densifies(model, tmp_
         for each in (trawl.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     )
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_draws_the_choice_and_the_damage(cli, model, text, kept, tmp_path):  # noqa: F811
+    compress(model, tmp_path / "out", text, kept, keep=0.7)
+    code, _, err = cli("report", tmp_path / "out")
+    assert code == 0, err
+    page = (tmp_path / "out" / "report.html").read_text()
+    found = json.loads((tmp_path / "out" / SEARCH_RECORD).read_text())
+    assert "Choice for the budget" in page
+    assert f"{found['real_damage']:.4f} ± {found['real_damage_stderr']:.4f}" in page
+    for piece in found["pieces"]:
+        assert f"{piece['name'].split('.')[0]} of layer {piece['layer']}: {piece['structure']}" in page
+    (tmp_path / "out" / SEARCH_RECORD).write_text("{}")
+    code, _, err = cli("report", tmp_path / "out")
+    assert code == 2
+    assert "is not what a search writes" in " ".join(err.split())

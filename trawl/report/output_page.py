@@ -15,6 +15,7 @@ from trawl.layout import dense_layout
 from trawl.observers import Observer
 from trawl.recipe import Recipe
 from trawl.records import MEANING, NARROW_MEANING, WEAK_ENERGY
+from trawl.report.choice_section import choice_section
 from trawl.report.known_spectra import spectra_section
 from trawl.report.page import Page, Section, Table, Tile, sections
 from trawl.report.pictures import Picture, render
@@ -51,6 +52,7 @@ def output_page(output: Output, observer: Observer) -> Page:
         tiles=tiles(output),
         notice=weak_notice(output),
         sections=sections(
+            choice_section(output.folder),
             errors(output, ranks),
             spectra,
             recipe_section(output),
@@ -66,7 +68,10 @@ def headline(output: Output) -> str:
     energies = sorted(stack.kept_energy for stack in output.stacks)
     kept = f"{energies[0]:.1%}" if len(energies) == 1 else f"between {energies[0]:.1%} and {energies[-1]:.1%}"
     stacks = "The stack keeps" if len(energies) == 1 else f"The {len(energies)} stacks keep"
-    if narrowed(output):
+    if recipe["method"] == "mixed":
+        parts = f"{len(output.stacks)} stacks, each by its own method, hold"
+        done = f"{parts} {output.parameters_after:,} of {output.parameters_before:,} weights"
+    elif narrowed(output):
         done = f"{output.parameters_after:,} of {output.parameters_before:,} weights stay around fewer inner units"
     else:
         rank = _written(recipe["rank"])
@@ -196,7 +201,8 @@ def errors(output: Output, rank: tuple[int, ...]) -> Section:
 
 def recipe_section(output: Output) -> Section:
     """Return the recipe as it was."""
-    rows = tuple((name, _written(value)) for name, value in output.recipe.items() if value is not None)
+    settings = {**output.recipe, "parts": len(output.recipe.get("parts") or ()) or None}  # the table of stacks has them
+    rows = tuple((name, _written(value)) for name, value in settings.items() if value is not None)
     return Section("Recipe", table=Table(("setting", "value"), rows, 2))
 
 
@@ -209,12 +215,15 @@ def rebuild_command(output: Output) -> str:
     """Return the recorded command, or one made of the recipe."""
     if command := output.record["command"]:
         return str(command)
+    if output.recipe.get("parts"):
+        recipe = f"json.load(open({str(output.folder / 'trawl.json')!r}))['identity']['recipe']"
+        return f"trawl.compress({output.model!r}, trawl.Recipe(**{recipe}), 'out')"
     words = ["trawl", "compress", output.model]
     if revision := output.record["source"].get("revision"):
         words += ["--revision", str(revision)]
     for name, value in output.recipe.items():
         field = Recipe.model_fields.get(name)
-        if value is None or (field and value == field.default):
+        if value is None or (field and value == field.default) or name == "parts":
             continue
         words += [f"--{name.replace('_', '-')}", *([] if name in FLAGS else [_written(value)])]
     return shlex.join(words)
