@@ -2,11 +2,12 @@
 
     python benchmarks/quality.py MODEL --data DATA --calibrate train.txt --keep 0.9 --keep 0.8 --work FOLDER
 
-Rows, all from one calibration: plain SVD; ASVD's scaling (arXiv:2312.05821, inputs scaled by their mean size to the
-power 1/2); whitened SVD of each matrix (SVD-LLM, arXiv:2403.07378); Basis Sharing over two layers (arXiv:2410.03765);
-joint whitened SVD of q,k,v and of gate,up; uniform narrow; trawl --plain; trawl; and int8, every matrix of the whole
-model rounded to int8 with a scale for each row. Ranks are the same for all matrices of a role. Perplexity is over
-windows of 1,024 tokens of WikiText-2 valid and of the second half of the C4 sample; accuracies are `trawl eval`'s.
+Rows, all from one calibration: plain SVD; ASVD's scaling (arXiv:2312.05821, inputs scaled by the root of their root mean
+square); whitened SVD of each matrix (SVD-LLM, arXiv:2403.07378); Basis Sharing over two layers (arXiv:2410.03765);
+joint whitened SVD of q,k,v and of gate,up; the same for attention, with Tucker of each {gate,up,down}; uniform narrow;
+trawl --plain; trawl; and int8, every matrix of the whole model rounded to int8 with a scale for each row. Ranks are
+the same for all matrices of a role. Perplexity is over windows of 1,024 tokens of WikiText-2 valid and of the second
+half of the C4 sample; accuracies are `trawl eval`'s.
 
 Weights are replaced in the loaded model by what each row's factors multiply out to, so that a row takes seconds;
 parameters and bytes are those of the plan, which are those on disk. `--raw FILE` keeps every figure as JSON.
@@ -159,6 +160,18 @@ def svd_recipe(checkpoint: Checkpoint, keep: float, share: str, group: int) -> t
     return trawl.Recipe(method="mixed", parts=tuple(recipes), write="factored")
 
 
+def tucker_recipe(checkpoint: Checkpoint, keep: float) -> trawl.Recipe:
+    """Return a factored recipe with {gate, up, down} of each layer by Tucker, and attention by joint SVDs."""
+    attention = svd_recipe(checkpoint, keep, "input", 1).parts
+    fc = make_plan(checkpoint, trawl.Recipe(method="tucker", rank=1, roles="fc", group_layers=1)).stacks[0].stack
+    size, inner, hidden = fc.shape
+    sides, budget = inner + hidden, keep * fc.parameters
+    rank = int((math.sqrt(sides**2 + 4 * size * budget) - sides) / (2 * size))  # of size r² + (inner + hidden) r
+    parts = [part for part in attention if set(part.roles.split(",")) & {"q", "k", "v", "o"}]
+    parts.append(trawl.Recipe(method="tucker", rank=(size, rank, rank), roles="fc", group_layers=1))
+    return trawl.Recipe(method="mixed", parts=tuple(parts), write="factored")
+
+
 def narrow_recipe(checkpoint: Checkpoint, keep: float) -> trawl.Recipe:
     """Return a recipe that narrows all FCs alike, to a share of all layers' weights."""
     match = match_checkpoint(checkpoint)
@@ -219,14 +232,15 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], tuple[
         return of(search.recipe, weighted)
 
     return {
-        "plain SVD": svd("none", 1, lambda _: None),
-        "ASVD scaling": svd("none", 1, asvd_weights(bench.moments)),
         "whitened SVD": svd("none", 1, whitened),
-        "Basis Sharing": svd("role", 2, whitened),
-        "joint whitened SVD": svd("input", 1, whitened),
-        "uniform narrow": lambda: of(narrow_recipe(bench.checkpoint, keep), whitened),
-        "trawl --plain": lambda: found(plain=True),
         "trawl": lambda: found(plain=False),
+        "trawl --plain": lambda: found(plain=True),
+        "uniform narrow": lambda: of(narrow_recipe(bench.checkpoint, keep), whitened),
+        "joint whitened SVD": svd("input", 1, whitened),
+        "Tucker of each FC": lambda: of(tucker_recipe(bench.checkpoint, keep), whitened),
+        "Basis Sharing": svd("role", 2, whitened),
+        "ASVD scaling": svd("none", 1, asvd_weights(bench.moments)),
+        "plain SVD": svd("none", 1, lambda _: None),
     }
 
 
