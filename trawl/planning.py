@@ -207,7 +207,14 @@ def _selected(match: FamilyMatch, recipe: Recipe) -> tuple[list[Placement], tupl
     """Return the slices within the layers that a recipe selects, and its roles."""
     layers = recipe.selected_layers(match.layers)
     roles = recipe.selected_roles((*match.roles, *match.outside))
-    return [part for part in match.placements if part.layer in layers and part.role in roles], roles
+    chosen = [part for part in match.placements if part.layer in layers and part.role in roles]
+    if not chosen and not set(roles) & set(match.outside):
+        having = format_layers({part.layer for part in match.placements if part.role in roles})
+        raise PlanError(
+            f"layers {recipe.layers!r} have none of the roles {recipe.roles!r}, which are in layers {having}; choose "
+            "other --layers or --roles"
+        )
+    return chosen, roles
 
 
 def _planned_stacks(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> tuple[PlannedStack, ...]:

@@ -286,3 +286,10 @@ def test_inspect_says_which_layers_each_tower_has(zoo):
     assert (summary["layers"], summary["towers"]) == (5, {"encoder": "0-1", "decoder": "2-4"})
     names = [group["name"] for group in summary["groups"]]
     assert names == ["attn.0-1", "fc.0-1", "attn.2-4", "cross.2-4", "fc.2-4"]
+
+
+def test_layers_without_the_chosen_roles_are_refused(zoo):
+    with pytest.raises(PlanError, match=r"layers '1' have none of the roles 'experts', which are in layers 0;"):
+        trawl.plan(zoo("qwen2_moe"), trawl.Recipe(rank=2, roles="experts", layers=1))
+    with pytest.raises(PlanError, match=r"have none of the roles 'cross', which are in layers 2-4"):
+        trawl.plan(zoo("bart"), trawl.Recipe(rank=2, roles="cross", layers="0-1"))
