@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py MODEL --data DATA --calibrate train.txt --keep 0.9 --keep 0.8 --work FOLDER
 
-Rows, all from one calibration: plain SVD; ASVD's scaling (arXiv:2312.05821, inputs scaled by the root of their root mean
+Rows, all from one calibration: plain SVD; ASVD's scaling (arXiv:2312.05821, inputs by the root of their root mean
 square); whitened SVD of each matrix (SVD-LLM, arXiv:2403.07378); Basis Sharing over two layers (arXiv:2410.03765);
 joint whitened SVD of q,k,v and of gate,up; the same for attention, with Tucker of each {gate,up,down}; uniform narrow;
 trawl --plain; trawl; and int8, every matrix of the whole model rounded to int8 with a scale for each row. Ranks are
