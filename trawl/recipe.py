@@ -270,10 +270,11 @@ class Recipe(BaseModel):
             return tuple(range(count))
         chosen: set[int] = set()
         for part in filter(None, (piece.strip() for piece in self.layers.split(","))):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            match = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
             if not match:
                 raise PlanError(
-                    f"layers {self.layers!r}: cannot read {part!r}; expected forms are 'all', '28', '20-30,35'"
+                    f"layers {shown(self.layers)}: cannot read {shown(part)}; "
+                    "expected forms are 'all', '28', '20-30,35'"
                 )
             first, last = int(match[1]), int(match[2] or match[1])
             if first > last:

@@ -15,9 +15,11 @@ strides can express the slice.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from keyword import iskeyword
 
 from einops import EinopsError
 from einops.parsing import ParsedExpression
@@ -178,6 +180,10 @@ def parse(pattern: str) -> Groups:
     if len(pattern) > LONGEST_PATTERN:
         raise ShapeError(
             f"view pattern {shown(pattern)} has {len(pattern)} characters; expected at most {LONGEST_PATTERN}"
+        )
+    if reserved := [word for word in re.findall(r"\w+", pattern) if iskeyword(word)]:
+        raise ShapeError(
+            f"view pattern {pattern!r} calls an axis {reserved[0]!r}, a word of Python; choose another name"
         )
     try:
         parsed = ParsedExpression(pattern)

@@ -308,6 +308,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ('rank: "\\ud800"', "a lone surrogate"),
         ("roles: [1, 2]\nrank: 1", "unknown role"),
         ("seed: 18446744073709551615\nrank: 1", "seed is 18446744073709551615"),
+        (f"layers: '{'1' * 5000}'\nrank: 1", r"cannot read '1{70,}\.\.\."),
         ("x" * 2_000_000, "expected at most"),
         ("[]: 1", "unhashable key"),
     ],
@@ -324,6 +325,7 @@ def test_recipes(text, message, folder, tmp_path):
     [
         ("inner hidden", " ".join(f"a{n}" for n in range(30_000)) + " hidden"),
         ("(heads head_dim) hidden", "(" * 150 + ")" * 150),
+        ("(heads head_dim) hidden", "(in head_dim) hidden"),
         ("layers.{layer}.", "layers.{layer % 1}."),
         ("layers.{layer}.", "layers.{layer * 9223372036854775807}."),
         ("[num_hidden_layers, ", "[9223372036854775807, "),
