@@ -343,9 +343,9 @@ def open_chain(checkpoint: Checkpoint, match: FamilyMatch, device: torch.device)
             "text of its own; calibration knows decoders and encoders only. Leave --calibrate out"
         )
     if len(match.towers) > 1 or not isinstance(model.get_input_embeddings(), nn.Embedding):
-        layers = ", ".join(match.towers) if len(match.towers) > 1 else "layers that read no tokens"
+        found = ", ".join(match.towers) if len(match.towers) > 1 else "layers that read no tokens"
         raise PlanError(
-            f"{type(model).__name__} has {layers}: calibration passes a text through one chain of blocks behind token "
+            f"{type(model).__name__} has {found}: calibration passes a text through one chain of blocks behind token "
             "embeddings. Leave --calibrate out"
         )
     model.config.get_text_config().use_cache = False
