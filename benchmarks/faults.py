@@ -64,12 +64,12 @@ class Bench:
         """The output of every run."""
         return self.folder / "work" / "out"
 
-    def again(self, row: Row, recipe: str, hit: bool, **options: bool) -> None:
+    def again(self, row: Row, recipe: str, hit: bool) -> None:
         """Run a second time over what a fault left, and count."""
         before = state(self.source)
         row.injected, row.hit = row.injected + 1, row.hit + hit
         try:
-            trawl.compress(self.source, RECIPES[recipe], self.out, resume=True, **options)
+            trawl.compress(self.source, RECIPES[recipe], self.out, resume=True)
             same = contents(self.out) == self.wanted[recipe]
             alone = [path.name for path in self.out.parent.iterdir()] == ["out"]
             row.same += same and alone and state(self.source) == before

@@ -46,7 +46,8 @@ def disturbed(at: int, fault: Fault) -> Iterator[list[str]]:
 
         return call
 
-    with mock.patch.multiple(os, **{name: counted(name) for name in OPERATIONS}):
+    replaced: dict[str, Any] = {name: counted(name) for name in OPERATIONS}
+    with mock.patch.multiple(os, **replaced):
         yield done
 
 
@@ -101,7 +102,7 @@ def run_plain(source: Path, out: Path, recipe: trawl.Recipe, options: dict[str, 
 
 def run_command(arguments: list[str], errors: Path, memory: int = 0) -> None:
     """Run the command line with standard error in a file, with ``memory`` bytes more of address space than it has."""
-    import trawl_cli
+    import trawl_cli  # type: ignore[import-not-found]  # checked under the name cli
 
     descriptor = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(descriptor, 2)
