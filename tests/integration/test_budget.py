@@ -60,11 +60,13 @@ def test_a_share_is_met_on_disk_and_never_exceeded(keep, model, text, kept, tmp_
 
 
 def names_of(piece):
-    """Names of the stacks that a piece becomes."""
-    if piece["structure"] == "narrow" or len(piece["sizes"]) == 1:
+    """Names of the stacks that a piece becomes; a rank of 0 is a matrix that stays dense."""
+    if piece["structure"] == "narrow":
         return [piece["name"]]
-    groups = ["gateup", "down"] if piece["structure"] == "joint" else piece["roles"]
-    return [f"{group}.{piece['layer']}" for group in groups]
+    groups = piece["roles"]
+    if piece["structure"] == "joint":
+        groups = ["gateup", "down"] if "gate" in groups else [piece["name"].partition(".")[0]]
+    return [f"{group}.{piece['layer']}" for group, rank in zip(groups, piece["sizes"], strict=True) if rank]
 
 
 def test_a_size_is_met_on_disk_and_never_exceeded(model, text, kept, tmp_path):  # noqa: F811

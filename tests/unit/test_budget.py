@@ -134,3 +134,17 @@ def test_pieces_hold_every_matrix_once(workshop):
 def test_contradictions_are_refused_in_one_line(values, message):
     with pytest.raises(PlanError, match=message):
         Recipe(**values)
+
+
+def test_a_matrix_beyond_its_break_even_stays_dense(workshop):
+    workshop, pieces = workshop
+    (piece,) = [piece for piece in pieces if piece.name == "qkv.1"]
+    shapes = {part.role: part.shape for part in piece.slices}
+    assert shapes["q"] != shapes["v"]  # grouped-query attention
+    forms = [point.form for point in workshop.curve(piece, "single", None)]
+    mixed = [form for form in forms if 0 in form.sizes]
+    assert mixed
+    for form in forms:
+        for stack, rank in zip(piece.stacks("single"), form.sizes, strict=True):
+            assert rank * (sum(stack.shape[1:]) + 1) < stack.parameters
+        assert len(piece.recipes(form)) == sum(rank > 0 for rank in form.sizes)

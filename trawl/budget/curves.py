@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trawl.budget.pieces import RANK_STEP, SMALLEST, Form, Piece, Structure
+from trawl.budget.pieces import RANK_STEP, SMALLEST, Form, Piece, Structure, side_of
 from trawl.calibration import Moment, Moments
 from trawl.calibration.weights import stack_weights
 from trawl.checkpoint import Checkpoint
@@ -95,31 +95,35 @@ class Workshop:
         return self.moments.outputs.matrix(cut.reader) if self.moments.outputs else None
 
     def _svd_curve(self, piece: Piece, structure: Structure) -> list[Point]:
-        """Give rank to the stack that gains most for its parameters, step by step."""
+        """Give rank to the stack that gains most for its parameters, step by step, until it is dense at break-even."""
         stacks = piece.stacks(structure)
         spectra = [self._spectrum(stack) for stack in stacks]
-        sides = [sum(stack.shape[1:]) + 1 for stack in stacks]
         ranks = [min(RANK_STEP, len(spectrum)) for spectrum in spectra]
-        loss = sum(float(spectrum[rank:].sum()) for spectrum, rank in zip(spectra, ranks, strict=True))
+
+        def tail(number: int, rank: int) -> float:
+            return float(spectra[number][rank:].sum()) if rank else 0.0
+
+        def following(number: int) -> int:
+            rank = ranks[number] + RANK_STEP
+            return rank if rank * side_of(stacks[number]) < stacks[number].parameters else 0
 
         def gain(number: int) -> tuple[float, int]:
-            step = spectra[number][ranks[number] : ranks[number] + RANK_STEP]
-            return -float(step.sum()) / (sides[number] * max(len(step), 1)), number
+            rank = following(number)
+            before, after = (size * side_of(stacks[number]) for size in (ranks[number], rank))
+            cost = (after or stacks[number].parameters) - before
+            return (tail(number, rank) - tail(number, ranks[number])) / max(cost, 1), number
 
         queue = [gain(number) for number in range(len(stacks))]
         heapq.heapify(queue)
         points = []
         while queue:
             form = piece.decomposed(structure, ranks)
-            if form.parameters >= piece.parameters:
-                break
-            if form.parameters >= SMALLEST * piece.parameters:
-                points.append(Point(form, max(loss, 0.0)))
+            if SMALLEST * piece.parameters <= form.parameters < piece.parameters:
+                loss = sum(tail(number, rank) for number, rank in enumerate(ranks))
+                points.append(Point(form, loss))
             _, number = heapq.heappop(queue)
-            step = spectra[number][ranks[number] : ranks[number] + RANK_STEP]
-            ranks[number] += len(step)
-            loss -= float(step.sum())
-            if ranks[number] < len(spectra[number]):
+            ranks[number] = following(number)
+            if ranks[number]:
                 heapq.heappush(queue, gain(number))
         return points
 
@@ -151,13 +155,14 @@ class Workshop:
         if form.structure == "narrow":
             return self._narrowed(piece, form.sizes[0], elimination)
         stacks, factors = piece.stacks(form.structure), dict[str, Factors]()
-        for stack, rank in zip(stacks, form.sizes, strict=True):
+        for stack, rank in ((stack, rank) for stack, rank in zip(stacks, form.sizes, strict=True) if rank):
             source = StoredSlices(self.checkpoint, stack, 1.0, self.device)
             weights = stack_weights(self.moments, stack)
             factors[stack.name] = SVD(rank=rank).decompose(source, weights=weights).to(device="cpu")
         ones = dict.fromkeys(factors, 1.0)
-        writer = DenseWriter(self.checkpoint, tuple(stacks), factors.__getitem__, ones)
-        names = dict.fromkeys(name for stack in stacks for name in stack.tensors)
+        changed = tuple(stack for stack in stacks if stack.name in factors)
+        writer = DenseWriter(self.checkpoint, changed, factors.__getitem__, ones)
+        names = dict.fromkeys(name for stack in changed for name in stack.tensors)
         return {name: writer.replaced(name, SquaredErrors()) for name in names}
 
     def _narrowed(self, piece: Piece, width: int, elimination: Elimination | None) -> dict[str, Tensor]:

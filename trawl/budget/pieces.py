@@ -27,7 +27,8 @@ class Form:
     Attributes:
         structure: ``dense``; ``narrow``, with fewer inner units; or decomposed by weighted SVD, matrices that read the
             same input ``joint`` or every matrix ``single``.
-        sizes: the width, or the rank of each of the structure's stacks; none of a dense one.
+        sizes: the width, or the rank of each of the structure's stacks, 0 for one that stays dense; none of a form
+            that is dense throughout.
         parameters: that it holds.
     """
 
@@ -83,9 +84,11 @@ class Piece:
         return list(range(max(step, math.ceil(SMALLEST * units / step) * step), units, step))
 
     def decomposed(self, structure: Structure, ranks: Sequence[int]) -> Form:
-        """Return the form with these ranks of its stacks."""
-        sides = [sum(stack.shape[1:]) + 1 for stack in self.stacks(structure)]  # + 1: the core
-        return Form(structure, tuple(ranks), sum(rank * side for rank, side in zip(ranks, sides, strict=True)))
+        """Return the form with these ranks of its stacks, 0 for a dense one."""
+        sizes = [
+            rank * side_of(stack) or stack.parameters for rank, stack in zip(ranks, self.stacks(structure), strict=True)
+        ]
+        return Form(structure, tuple(ranks), sum(sizes))
 
     def recipes(self, form: Form) -> tuple[dict[str, Any], ...]:
         """Return the parts of a mixed recipe that make a form, as plain values."""
@@ -98,7 +101,13 @@ class Piece:
             {"method": "svd", "rank": rank, "layers": layers, "roles": ",".join(stack.roles)}
             | ({"share": "input"} if stack.joined else {"group_layers": 1})
             for stack, rank in zip(self.stacks(form.structure), form.sizes, strict=True)
+            if rank
         )
+
+
+def side_of(stack: Stack) -> int:
+    """Return the parameters that one rank of a stack's SVD takes."""
+    return sum(stack.shape[1:]) + 1  # + 1: the core
 
 
 def make_pieces(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
