@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trawl.budget import SEARCH_RECORD, Found, find, search_folder
+from trawl.budget import SEARCH_RECORD, Found, Question, find, search_folder
 from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, make_moments, open_moments, random_calibration
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import connected, local_path
@@ -89,6 +89,7 @@ def find_recipe(
     device: str = "auto",
     calibrate: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
+    ray: str | None = None,
     observer: Observer = silent,
 ) -> Found:
     """Find the best structure and size of every part of a model within a budget; nothing is written but ``folder``.
@@ -102,6 +103,7 @@ def find_recipe(
         device: where to compute.
         calibrate: as for :func:`compress`; without a text, random tokens stand in for one.
         calibration_tokens: likewise.
+        ray: ``local``, or the address of a Ray cluster whose workers measure.
         observer: told of progress.
     Returns: the recipe with its parts, to pass to :func:`plan` or :func:`compress` with ``moments=folder``, and what
         each of its parts is predicted to do, and all really do.
@@ -109,16 +111,17 @@ def find_recipe(
     Cost: one calibration, and up to seven runs of some thousand tokens from each layer on.
     """
     with search_folder(Path(folder), folder) as kept:
-        return find(
-            open_checkpoint(model, revision),
+        question = Question(
+            str(model),
             recipe,
             kept,
-            calibrate=calibrate,
-            calibration_tokens=calibration_tokens,
-            device=pick_device(device),
-            family_file=family_file,
-            observer=observer,
+            revision,
+            None if calibrate is None else str(calibrate),
+            calibration_tokens,
+            str(pick_device(device)),
+            family_file,
         )
+        return find(question, ray, observer)
 
 
 def _anchored_note(text: Calibration) -> str:
@@ -164,8 +167,9 @@ def compress(
             moments of what each linear layer reads on this text.
         calibration_tokens: of the text, at most, spread evenly over it.
         moments: a folder of such moments to use, or with ``calibrate`` to keep them in for other runs.
-        ray: ``local``, or the address of a Ray cluster: stacks are decomposed by its workers, each on
-            ``OMP_NUM_THREADS`` CPUs, else 1. OUT must lie, and a local MODEL too, on storage that all machines share.
+        ray: ``local``, or the address of a Ray cluster: stacks are decomposed, and a budget's damages measured, by its
+            workers, each on ``OMP_NUM_THREADS`` CPUs, else 1. OUT must lie, and a local MODEL and text too, on storage
+            that all machines share.
         observer: told of progress.
     Returns: per stack shape, rank, relative error as written, parameters and seconds.
     Raises: TrawlError: before anything is written where the cause can be known before.
@@ -193,16 +197,17 @@ def compress(
     target = Workspace(Path(out) if out is not None else Path(f"{_stem(checkpoint)}-{_budget_text(recipe)}"))
     target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0)
     with search_folder(target.search, moments) as folder:
-        found = find(
-            checkpoint,
+        question = Question(
+            str(model),
             recipe,
             folder,
-            calibrate=calibrate,
-            calibration_tokens=calibration_tokens,
-            device=pick_device(device),
-            family_file=family_file,
-            observer=observer,
+            revision,
+            None if calibrate is None else str(calibrate),
+            calibration_tokens,
+            str(pick_device("cpu" if ray is not None and device.startswith("cuda") else device)),
+            family_file,
         )
+        found = find(question, ray, observer)
         return run(found.recipe, target.out, moments=folder, found=found)
 
 

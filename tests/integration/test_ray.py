@@ -246,3 +246,16 @@ def test_workers_weigh_the_error_by_the_same_moments(machines, model, tmp_path):
         found = trawl.compress(model, recipe, tmp_path / name, calibrate=text, calibration_tokens=512, ray=address)
         assert all(stack.weighted_error is not None for stack in found.stacks)
     assert weights_hash(tmp_path / "alone") == weights_hash(tmp_path / "spread")
+
+
+def test_a_budget_measured_on_ray_finds_the_same_though_a_worker_is_killed(machines, model, tmp_path):
+    recipe = trawl.Recipe(keep=0.7)
+    text = {"calibrate": model.parent / "text.txt", "calibration_tokens": 512}
+    alone = trawl.find_recipe(model, recipe, tmp_path / "alone", **text)
+    with killing("_measure_blocks") as killed:
+        spread = trawl.find_recipe(model, recipe, tmp_path / "spread", ray="auto", **text)
+    assert killed
+    assert spread.recipe == alone.recipe
+    assert spread.real == alone.real
+    measured = {path.name for path in (tmp_path / "alone").glob("damage-*")}
+    assert measured == {path.name for path in (tmp_path / "spread").glob("damage-*")}

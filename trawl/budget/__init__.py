@@ -4,8 +4,19 @@ Importing this package loads no model code.
 """
 
 from trawl.budget.choosing import Option, choose
-from trawl.budget.finding import SEARCH_RECORD, find, search_folder
+from trawl.budget.finding import SEARCH_RECORD, Question, find, search_folder
 from trawl.budget.pieces import Form, Piece, make_pieces
 from trawl.budget.searching import Found
 
-__all__ = ["SEARCH_RECORD", "Form", "Found", "Option", "Piece", "choose", "find", "make_pieces", "search_folder"]
+__all__ = [
+    "SEARCH_RECORD",
+    "Form",
+    "Found",
+    "Option",
+    "Piece",
+    "Question",
+    "choose",
+    "find",
+    "make_pieces",
+    "search_folder",
+]

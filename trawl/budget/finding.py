@@ -5,17 +5,22 @@ from __future__ import annotations
 import fcntl
 import logging
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from trawl.budget.curves import Workshop
 from trawl.budget.searching import Found, Ledger, Searcher, check_budget
-from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, make_moments, open_moments, random_calibration
+from trawl.calibration import DEFAULT_TOKENS, Calibration, open_moments, random_calibration
 from trawl.checkpoint import Checkpoint
+from trawl.cluster import ATTEMPTS, Cluster, begin_work, connected, local_path, lost, own_errors
 from trawl.errors import PlanError
+from trawl.families import FamilyMatch
+from trawl.hub import open_checkpoint
 from trawl.observers import Observer, silent
 from trawl.planning import match_checkpoint
 from trawl.recipe import Recipe
@@ -46,69 +51,154 @@ def search_folder(default: Path, given: Path | str | None) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def find(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    calibrate: str | Path | None = None,
-    calibration_tokens: int = DEFAULT_TOKENS,
-    device: torch.device,
-    family_file: Path | None = None,
-    observer: Observer = silent,
-) -> Found:
-    """Calibrate a model and search for the recipe of a budget.
+@dataclass(frozen=True)
+class Question:
+    """What a search is about, as every process that takes part in it is told.
 
-    Args:
-        checkpoint: the model.
+    Attributes:
+        model: a local folder, a hub id, or a ``.gguf`` file.
         recipe: with a budget.
-        folder: where moments and damages are kept.
+        folder: where moments and damages are kept; on storage that all machines share.
+        revision: of a hub id.
         calibrate: the text; without one, random tokens stand in for it.
         calibration_tokens: of the text, at most.
         device: where to compute.
         family_file: a YAML family description to use in place of the built-in ones.
+    """
+
+    model: str
+    recipe: Recipe
+    folder: Path
+    revision: str | None = None
+    calibrate: str | None = None
+    calibration_tokens: int = DEFAULT_TOKENS
+    device: str = "cpu"
+    family_file: Path | None = None
+
+    @contextmanager
+    def searcher(self, observer: Observer = silent) -> Iterator[Searcher]:
+        """Hold what a search works with in a ``with`` block; moments are made unless they are there.
+
+        Raises: TrawlError: the model, the budget or the text cannot be used.
+        Cost: of a calibration where there are no moments; one run of some thousand tokens.
+        """
+        from trawl.budget.damage import Gauge, gauge_windows  # noqa: PLC0415 (transformers' model code: a second)
+
+        checkpoint = open_checkpoint(self.model, self.revision)
+        match = match_checkpoint(checkpoint, self.family_file)
+        pieces, device = check_budget(match, self.recipe), torch.device(self.device)
+        source = self._calibration(checkpoint, match, device)
+        moments = source.make(self.folder, observer)
+        windows = gauge_windows(source.windows)
+        with Gauge(source.chain, windows).ready() as gauge:
+            yield Searcher(
+                checkpoint=checkpoint,
+                recipe=self.recipe,
+                family_file=self.family_file,
+                pieces=pieces,
+                workshop=Workshop(checkpoint, moments, device),
+                ledger=Ledger.of(self.folder, moments, windows),
+                gauge=gauge,
+                observer=observer,
+            )
+
+    def _calibration(self, checkpoint: Checkpoint, match: FamilyMatch, device: torch.device) -> Calibration:
+        """Return what the model is run on."""
+        if self.calibrate is None:
+            source = random_calibration(checkpoint, match, self.calibration_tokens, device)
+            source.check(self.folder)
+            return source
+        opened = open_moments(
+            checkpoint,
+            match,
+            self.calibrate,
+            self.calibration_tokens,
+            folder=self.folder,
+            device=device,
+            output_weighting=self.recipe.output_weighting,
+            compute=self.recipe.compute,
+        )
+        assert isinstance(opened, Calibration)
+        return opened
+
+
+def find(question: Question, ray: str | None = None, observer: Observer = silent) -> Found:
+    """Calibrate a model and search for the recipe of a budget.
+
+    Args:
+        question: what is searched.
+        ray: ``local``, or the address of a Ray cluster whose workers measure, each on ``OMP_NUM_THREADS`` CPUs, else 1.
         observer: told of progress.
     Raises: TrawlError: the budget or the text cannot be used.
     Cost: of a calibration; then for every block up to seven runs of some thousand tokens from there on.
     """
-    match = match_checkpoint(checkpoint, family_file)
-    pieces = check_budget(match, recipe)
-    source: Calibration | Moments | None
-    if calibrate is None:
-        recipe = recipe.model_copy(update={"output_weighting": "none"})  # gradients of random tokens say nothing
-        source = random_calibration(checkpoint, match, calibration_tokens, device)
-        source.check(folder)
+    if question.calibrate is None:
         LOG.warning(
             "no calibration text: forms are chosen by what the model computes on random tokens. Expect a far worse "
             "model than with a text of its kind; pass --calibrate TEXT"
         )
-    else:
-        source = open_moments(
-            checkpoint,
-            match,
-            calibrate,
-            calibration_tokens,
-            folder=folder,
-            device=device,
-            output_weighting=recipe.output_weighting,
-            compute=recipe.compute,
-        )
-    assert isinstance(source, Calibration)
-    moments = make_moments(source, folder, observer)
-    assert moments is not None
-    from trawl.budget.damage import Gauge, gauge_windows  # noqa: PLC0415 (transformers' model code: a second)
+        recipe = question.recipe.model_copy(update={"output_weighting": "none"})  # their gradients say nothing
+        question = replace(question, recipe=recipe)
+    with question.searcher(observer) as searcher:
+        if question.recipe.plain:
+            return searcher.plain()
+        if ray is not None:
+            with connected(ray, question.device) as cluster:
+                assert cluster is not None
+                measure_on(cluster, question, searcher.blocks, searcher.checkpoint.fingerprint, observer)
+        return searcher.mixed()
 
-    windows = gauge_windows(source.windows)
-    ledger, workshop = Ledger.of(folder, moments, windows), Workshop(checkpoint, moments, device)
-    with Gauge(source.chain, windows).ready() as gauge:
-        searcher = Searcher(
-            checkpoint=checkpoint,
-            recipe=recipe,
-            family_file=family_file,
-            pieces=pieces,
-            workshop=workshop,
-            ledger=ledger,
-            gauge=gauge,
-            observer=observer,
-        )
-        return searcher.plain() if recipe.plain else searcher.mixed()
+
+def measure_on(
+    cluster: Cluster, question: Question, blocks: Sequence[int], fingerprint: str, observer: Observer
+) -> None:
+    """Let the workers of a Ray cluster measure blocks into the ledger; one that dies is replaced, and goes on.
+
+    Args:
+        cluster: the connection.
+        question: what is searched; its moments are there.
+        blocks: to measure, dealt out to as many tasks as there is room for.
+        fingerprint: of the checkpoint that this process has; a task refuses another.
+        observer: told of progress, in tasks.
+    Raises: TrawlError: what a task raised. PlanError: a task's worker died again and again.
+    """
+    import ray  # noqa: PLC0415 (an extra)
+
+    task = ray.remote(_measure_blocks).options(**cluster.needs, max_retries=ATTEMPTS - 1)
+    told = replace(
+        question,
+        model=local_path(question.model),
+        folder=question.folder.absolute(),
+        calibrate=question.calibrate and local_path(question.calibrate),
+        device=cluster.device,
+    )
+    count = max(cluster.room, 1)
+    replies = [
+        task.remote(told, list(blocks[number::count]), fingerprint, cluster.threads, cluster.folder)
+        for number in range(count)
+    ]
+    waiting = list(replies)
+    while waiting:
+        observer("measuring damage on Ray", len(replies) - len(waiting), len(replies))
+        (reply,), waiting = ray.wait(waiting, num_returns=1)
+        try:
+            with own_errors():
+                ray.get(reply)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as e:
+            raise lost("measuring damage", e) from e
+    observer("measuring damage on Ray", len(replies), len(replies))
+
+
+def _measure_blocks(question: Question, blocks: Sequence[int], fingerprint: str, threads: int, cwd: str) -> None:
+    """Measure some blocks in a Ray worker."""
+    begin_work(threads, cwd)
+    with question.searcher() as searcher:
+        if searcher.checkpoint.fingerprint != fingerprint:
+            raise PlanError(
+                f"machine {socket.gethostname()} has another model under {question.model}; give all machines of the "
+                "Ray cluster the same"
+            )
+        for block in blocks:
+            searcher.measure(block)

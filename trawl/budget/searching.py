@@ -387,15 +387,23 @@ class Searcher:
 
     def _measured(self) -> dict[str, Measured]:
         """Measure every reference form that is not in the ledger yet, from the last block to the first."""
-        blocks = sorted({piece.layer for piece in self.pieces}, reverse=True)
         known: dict[str, Measured] = {}
-        for done, block in enumerate(blocks):
-            self.observer("measuring damage", done, len(blocks))
-            members = [self._curves(piece) for piece in self.pieces if piece.layer == block]
-            self._measure(block, [(one, point.form) for one in members for point in one.references()])
-            known |= {one.piece.name: one for one in members}
-        self.observer("measuring damage", len(blocks), len(blocks))
+        for done, block in enumerate(self.blocks):
+            self.observer("measuring damage", done, len(self.blocks))
+            known |= {one.piece.name: one for one in self.measure(block)}
+        self.observer("measuring damage", len(self.blocks), len(self.blocks))
         return known
+
+    @property
+    def blocks(self) -> list[int]:
+        """Blocks that have pieces, the last and cheapest to measure first."""
+        return sorted({piece.layer for piece in self.pieces}, reverse=True)
+
+    def measure(self, block: int) -> list[Measured]:
+        """Return what is known of one block's pieces, measuring the reference forms that are not in the ledger yet."""
+        members = [self._curves(piece) for piece in self.pieces if piece.layer == block]
+        self._measure(block, [(one, point.form) for one in members for point in one.references()])
+        return members
 
     def _curves(self, piece: Piece) -> Measured:
         """Return what is known of a piece, at least what each of its forms loses."""
@@ -425,16 +433,15 @@ class Searcher:
 
     def _refine(self, known: Mapping[str, Measured], found: Found) -> None:
         """Measure the forms that were chosen, each by itself."""
-        blocks = sorted({piece.layer for piece in self.pieces}, reverse=True)
-        for done, block in enumerate(blocks):
-            self.observer("measuring what was chosen", done, len(blocks))
+        for done, block in enumerate(self.blocks):
+            self.observer("measuring what was chosen", done, len(self.blocks))
             forms = [
                 (known[piece.name], form)
                 for piece, form, _ in found.chosen
                 if piece.layer == block and form.structure != DENSE
             ]
             self._measure(block, forms)
-        self.observer("measuring what was chosen", len(blocks), len(blocks))
+        self.observer("measuring what was chosen", len(self.blocks), len(self.blocks))
 
     def _checked(self, found: Found) -> Found:
         """Measure what all chosen forms do together."""
