@@ -93,7 +93,7 @@ class Gauge:
         for later in range(number + 1, len(self.chain)):
             with self.chain.loaded(later) as block:
                 batches = [block.run(batch) for batch in batches]
-        return [self._divergence(batch) for batch in batches]
+        return self._divergences(batches)
 
     def measure_all(self, changed: Changed) -> Damage:
         """Return the damage of a change of any number of blocks.
@@ -104,20 +104,26 @@ class Gauge:
         for number in range(len(self.chain)):
             with self.chain.loaded(number, changed) as block:
                 batch = block.run(batch)
-        return self._divergence(batch)
+        return self._divergences([batch])[0]
 
     def _entered(self, number: int) -> Batch:
         assert self._batch is not None
         return replace(self._batch, hidden=self._entering[number])
 
     @torch.no_grad()
-    def _divergence(self, batch: Batch) -> Damage:
-        """Compare what leaves the last block of a changed model with what leaves the original's."""
-        means = []
-        for window, original in zip(batch.hidden, self._entering[-1], strict=True):
-            p, q = (self._log_probabilities(batch, hidden) for hidden in (original, window))
-            means.append(float((p.exp() * (p - q)).sum(-1).mean()))
-        values = torch.tensor(means, dtype=torch.float64)
+    def _divergences(self, batches: Sequence[Batch]) -> list[Damage]:
+        """Compare what leaves the last block of changed models with what leaves the original's, window by window."""
+        means: list[list[float]] = [[] for _ in batches]
+        for window, original in enumerate(self._entering[-1]):
+            p = self._log_probabilities(batches[0], original)
+            probabilities = p.exp()
+            for batch, found in zip(batches, means, strict=True):
+                q = self._log_probabilities(batch, batch.hidden[window])
+                found.append(float(torch.linalg.vecdot(probabilities, p - q).mean()))
+        return [self._damage(torch.tensor(found, dtype=torch.float64)) for found in means]
+
+    def _damage(self, values: Tensor) -> Damage:
+        """Return mean and standard error of the divergences of windows."""
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{self.chain.checkpoint.folder}: a compressed form of the model computes NaN or Inf")
         spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
