@@ -96,7 +96,7 @@ def plan_budget(
         [
             piece["name"],
             piece["structure"],
-            ", ".join(map(str, piece["sizes"])),
+            ", ".join(str(size) if size else "dense" for size in piece["sizes"]),
             f"{piece['parameters_before']:,}",
             f"{piece['parameters_after']:,}",
             "" if piece["predicted_damage"] is None else f"{piece['predicted_damage']:.5f}",

@@ -45,8 +45,13 @@ class Chosen:
     @property
     def text(self) -> str:
         """The piece in words."""
-        sizes = f" {', '.join(map(str, self.sizes))}" if self.sizes else ""
+        sizes = f" {self.size_text}" if self.sizes else ""
         return f"{self.kind} of layer {self.layer}: {self.structure}{sizes}, {self.kept:.1%} kept"
+
+    @property
+    def size_text(self) -> str:
+        """Width or ranks; a rank of 0 is a matrix that stays dense."""
+        return ", ".join(str(size) if size else "dense" for size in self.sizes)
 
 
 def choice_section(folder: Path) -> Section | None:
@@ -69,8 +74,7 @@ def choice_section(folder: Path) -> Section | None:
         f"a token, measured{'.' if predicted is None else f'; {predicted:.4f} was predicted, the sum over pieces.'}"
     )
     rows = tuple(
-        (one.kind, str(one.layer), one.structure, ", ".join(map(str, one.sizes)), f"{one.kept:.1%}", _damage(one))
-        for one in chosen
+        (one.kind, str(one.layer), one.structure, one.size_text, f"{one.kept:.1%}", _damage(one)) for one in chosen
     )
     picture = render("choice", "Share kept and structure by layer", partial(draw_choice, chosen=chosen))
     columns = ("piece", "layer", "structure", "width or ranks", "kept", "predicted damage")
@@ -97,9 +101,9 @@ def draw_choice(drawing: Drawing, chosen: Sequence[Chosen]) -> None:
     kinds = list(dict.fromkeys(one.kind for one in chosen))
     layers = sorted({one.layer for one in chosen})
     bars = any(one.damage for one in chosen)
-    left, top = 0.55, 0.42
+    left, top = 0.78, 0.62 if drawing.narrow else 0.42
     width, height = drawing.width - left - 0.15, CELL * len(kinds)
-    drawing.resize(top + height + (1.95 if bars else 0.45))
+    drawing.resize(top + height + (2.2 if bars else 0.45))
     axes = drawing.axes(left, top, width, height)
     for one in chosen:
         level = min(int(one.kept * LEVELS), LEVELS - 1)
@@ -119,12 +123,15 @@ def draw_choice(drawing: Drawing, chosen: Sequence[Chosen]) -> None:
     corner = (left / drawing.width, 1)
     drawing.figure.legend(marks, names, loc="upper left", bbox_to_anchor=corner, borderpad=0, ncols=3,
                           handlelength=1.0, columnspacing=1.2)  # fmt: skip
-    letters = "n narrow, j joint, s single" if drawing.narrow else "n narrow, j joint, s matrices by themselves"
-    drawing.figure.text(1 - 0.15 / drawing.width, 1, letters, ha="right", va="top")
+    letters = "n narrow, j joint, s matrices by themselves"
+    if drawing.narrow:
+        drawing.figure.text(corner[0], 1 - 0.24 / drawing.figure.get_figheight(), letters, va="top")
+    else:
+        drawing.figure.text(1 - 0.15 / drawing.width, 1, letters, ha="right", va="top")
     if not bars:
         axes.set_xlabel("layer")
         return
-    below = drawing.axes(left, top + height + 0.38, width, 1.1)
+    below = drawing.axes(left, top + height + 0.62, width, 1.1)
     base = dict.fromkeys(layers, 0.0)
     for number, kind in enumerate(kinds):
         values = {one.layer: one.damage or 0.0 for one in chosen if one.kind == kind}
@@ -136,4 +143,4 @@ def draw_choice(drawing: Drawing, chosen: Sequence[Chosen]) -> None:
     below.set(xlim=(layers[0] - 0.5, layers[-1] + 0.5), xlabel="layer", ylabel="damage, nats")
     below.locator_params(axis="x", integer=True)
     below.locator_params(axis="y", nbins=4)
-    below.legend(loc="upper center", ncols=len(kinds), borderpad=0, handlelength=1.0)
+    below.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), borderpad=0.2, handlelength=1.0)
