@@ -3,7 +3,7 @@
     python benchmarks/speed.py DENSE FACTORED NARROW ...
 
 Every folder is loaded in one process, in float32; decoding at batch 1 and prefill of 512 tokens are timed in turns, so
-that whatever else the machine does meets all folders alike. Ratios are medians of each turn's ratio to the first folder.
+that whatever else the machine does meets all folders alike. Ratios are medians of each turn's ratio to the first.
 """
 
 from __future__ import annotations
