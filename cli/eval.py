@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--stride", type=int, help="Scored tokens in each window of ppl.  [default: half the context]")
 @click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Padded tokens in one batch.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model; read it first.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate(
@@ -43,6 +44,7 @@ def evaluate(
     stride: int | None,
     batch_tokens: int,
     revision: str | None,
+    trust_remote_code: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -67,6 +69,7 @@ def evaluate(
             device=device,
             context=context,
             stride=stride,
+            trust_remote_code=trust_remote_code,
             observer=observer,
         )
     if as_json:

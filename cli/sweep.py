@@ -79,6 +79,7 @@ SHOWN = 10  # trials in the table
 @click.option("--prefix-memory", default="4GB", show_default=True, help="For the base model's activations.")
 @click.option("--ray", metavar="local|ADDRESS", help="Spread trials over a Ray cluster (extra ray).")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model; read it first.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the fit after each sweep of a decomposition.")
 @click.option("--json", "as_json", is_flag=True, help="Print results.json instead of tables.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

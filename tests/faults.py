@@ -81,6 +81,12 @@ def run_disturbed(source: Path, out: Path, at: int, options: dict[str, Any]) -> 
         trawl.compress(source, RECIPE, out, **options)
 
 
+def densify_disturbed(source: Path, out: Path, at: int) -> None:
+    """Make a factored checkpoint dense in a process that dies at a file operation."""
+    with disturbed(at, killed):
+        trawl.densify(source, out)
+
+
 def run_until(source: Path, out: Path, stage: str) -> None:
     """Compress in a process that dies at a stage."""
     trawl.compress(source, RECIPE, out, observer=killed_at(stage))

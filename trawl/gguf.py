@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -89,11 +90,14 @@ def _convert_into(path: Path, folder: Path) -> None:
     source, name = str(path.parent), path.name
     LOG.info("de-quantizing %s into %s, once", path, folder.parent)
     try:
-        quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-        config = AutoConfig.from_pretrained(source, gguf_file=name)
+        own: dict[str, Any] = {"gguf_file": name, "trust_remote_code": False}  # else transformers asks on a terminal
+        quantized = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **own)
+        tokenizer = AutoTokenizer.from_pretrained(source, **own)
+        config = AutoConfig.from_pretrained(source, **own)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if "trust_remote_code" in str(e):
+            reason = f"files beside it ask for code, which is not run; move {name} into a folder of its own"
         raise CheckpointError(f"transformers cannot read {path}: {reason}") from e
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -17,17 +17,19 @@ from transformers.utils import logging
 from trawl.errors import FamilyError, LoadError
 from trawl.families import FamilyMatch
 
+OWN_CODE = "trust_remote_code"  # as transformers calls it, in its arguments and in its refusals
 HEADS = ("ForCausalLM", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 Forward = Callable[..., Any]
 
 
-def model_class(architectures: Any, auto_class: Any = None) -> Any:
+def model_class(architectures: Any, auto_class: Any = None, own_code: Collection[str] = ()) -> Any:
     """Return the class to load a checkpoint with.
 
     Args:
         architectures: what config.json says under that name.
         auto_class: a class, or its name in transformers, to use in place of what config.json says.
+        own_code: Auto classes for which the checkpoint brings code of its own that may run.
     Raises: LoadError: neither says which, or transformers has no such class.
     """
     if auto_class is not None and not isinstance(auto_class, str):
@@ -36,14 +38,12 @@ def model_class(architectures: Any, auto_class: Any = None) -> Any:
     if name is None:
         raise LoadError("config.json names no architectures; pass auto_class, such as AutoModelForCausalLM")
     found = getattr(transformers, name, None)
-    if hasattr(found, "from_pretrained"):
+    auto = f"AutoModel{next((head for head in HEADS if name.endswith(head)), '')}"  # where an auto_map is looked up
+    if hasattr(found, "from_pretrained") and (auto_class is not None or auto not in own_code):
         return found
     if auto_class is not None:
         raise LoadError(f"transformers {transformers.__version__} has no model class {auto_class}")
-    head = next((head for head in HEADS if name.endswith(head)), "")
-    return getattr(
-        transformers, f"AutoModel{head}"
-    )  # an architecture of remote code: its auto_map is on the Auto class
+    return getattr(transformers, auto)
 
 
 def empty_model(folder: Path, config: Mapping[str, Any], device: torch.device) -> PreTrainedModel:
@@ -67,14 +67,23 @@ def empty_model(folder: Path, config: Mapping[str, Any], device: torch.device) -
             else:
                 model = found.from_config(described, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = " ".join(str(e).split())
-        raise LoadError(f"transformers {transformers.__version__} cannot build the model of {folder}: {reason}") from e
+        raise LoadError(
+            f"transformers {transformers.__version__} cannot build the model of {folder}: {calibration_reason(e)}"
+        ) from e
     model.set_experts_implementation("eager")  # the one that multiplies expert by expert
     for name, buffer in list(model.named_non_persistent_buffers()):
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, torch.empty_like(buffer, device=device))
     model.initialize_weights()  # on the meta device that costs nothing
     return model.eval()
+
+
+def calibration_reason(e: Exception) -> str:
+    """Return transformers' reason on one line, with advice that holds for a calibration."""
+    reason = " ".join(str(e).split())
+    if OWN_CODE not in reason:
+        return reason
+    return "it needs code of its own, which a calibration never runs; leave out --calibrate, --anchored, --keep, --size"
 
 
 def find_layers(model: PreTrainedModel, match: FamilyMatch) -> tuple[nn.Module, ...]:
@@ -119,6 +128,20 @@ def around(module: nn.Module, run: Callable[[Forward, tuple[Any, ...], dict[str,
         del vars(module)["forward"]
         if own is not None:
             vars(module)["forward"] = own
+
+
+@contextmanager
+def own_code_refused(path: str | Path) -> Iterator[None]:
+    """Say in one line what to do where transformers refuses to run a checkpoint's own code."""
+    try:
+        yield
+    except ValueError as e:
+        if OWN_CODE not in str(e):
+            raise
+        raise LoadError(
+            f"{path} needs code of its own, which is not run; read it, then pass --trust-remote-code to trawl eval or "
+            "trawl sweep, or trust_remote_code=True in Python"
+        ) from e
 
 
 @contextmanager

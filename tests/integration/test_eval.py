@@ -343,7 +343,7 @@ def test_what_a_model_cannot_do_is_a_plan_error(plain, files, zoo):
         (decoder, "ppl:{}/text.txt", {"context": 65}, "context 65 is longer than the model's 64 positions"),
         (decoder, "ppl:{}/text.txt", {"context": 8, "stride": 9}, "stride 9 would leave tokens out"),
         (decoder, "ppl:{}/text.txt", {"limit": 0}, "limit is 0; expected at least 1"),
-        (decoder, "ppl:{}/text.txt", {"dtype": "f32"}, "dtype, device and revision go with a path"),
+        (decoder, "ppl:{}/text.txt", {"dtype": "f32"}, "dtype, device, revision and trust_remote_code go with a path"),
         (decoder, "ppl:{}/text.txt", {"tokenizer": None}, "a loaded model needs its tokenizer"),
     ]
     for model, spec, options, message in cases:

@@ -98,6 +98,26 @@ def test_killed_while_an_output_is_replaced(source, tmp_path, second):
         second(out, resume=True, overwrite=True)
 
 
+def test_killed_while_a_checkpoint_is_made_dense(source, tmp_path):
+    factored, undisturbed = tmp_path / "factored", tmp_path / "undisturbed"
+    trawl.compress(source, RECIPE.model_copy(update={"write": "factored"}), factored)
+    with disturbed(sys.maxsize, failing(errno.EIO)) as operations:
+        trawl.densify(factored, undisturbed)
+    before, wanted, out = state(factored), contents(undisturbed), tmp_path / "work" / "out"
+    appears = operations.index("rename") + 1
+    for at in (*range(3, appears, 8), appears - 1, appears, len(operations) - 1):
+        assert finished(faults.densify_disturbed, factored, out, at) == -signal.SIGKILL
+        assert out.exists() == (at >= appears)
+        assert state(factored) == before
+        with pytest.raises(PlanError, match="pass --overwrite"):
+            trawl.densify(factored, out)
+        trawl.densify(factored, out, overwrite=True)
+        assert contents(out) == wanted
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert state(factored) == before
+        shutil.rmtree(out.parent)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_file_operations_that_fail(code, source, tmp_path, second):
     out = tmp_path / "out"

@@ -1,10 +1,12 @@
 """GGUF files: converted once, then like any other checkpoint."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from trawl.checkpoint import open_folder
 from trawl.errors import CheckpointError
@@ -90,6 +92,21 @@ def test_a_gguf_file_becomes_a_checkpoint_with_the_same_logits(tmp_path, monkeyp
     report = trawl.compress(path, trawl.Recipe(rank=4, roles="fc"), tmp_path / "out")
     assert report.stacks[0].shape == (6, INNER, HIDDEN)
     assert open_folder(tmp_path / "out").tensors.keys() == checkpoint.tensors.keys()
+
+
+def test_code_beside_a_file_is_not_run(tmp_path, monkeypatch):
+    """Transformers reads the folder's tokenizer_config.json too, and asks on a terminal where nothing is said."""
+    monkeypatch.setenv("TRAWL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 10))  # somebody who says yes to everything
+    write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "own.OwnTokenizer"]}}')
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(CheckpointError, match=r"which is not run; move tiny\.gguf into a folder of its own"):
+        open_checkpoint(tmp_path / "tiny.gguf")
+    assert not (tmp_path / "ran").exists()
+    assert not list((tmp_path / "cache" / "gguf").iterdir())
 
 
 def test_a_file_that_is_not_gguf_is_named(tmp_path, monkeypatch):

@@ -518,6 +518,7 @@ def test_a_mistake_gives_exit_code_two(args, message, run, tasks, request):
     code, out, err = run("sweep", model, *(arg.format(**tasks) for arg in args), "-o", folder / "study")
     assert code == 2, err
     assert out == ""
+    assert (folder / "study").exists() == ("--storage" in args)
     assert re.search(message, re.sub(r"[\s│]+", " ", err)), err
     assert "Traceback" not in err
 

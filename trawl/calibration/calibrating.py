@@ -252,11 +252,12 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the tokenizer that lies with a checkpoint."""
     from transformers import AutoTokenizer  # noqa: PLC0415 (a second)
 
+    from trawl.models import calibration_reason  # noqa: PLC0415 (likewise)
+
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        reason = " ".join(str(e).split())
         raise LoadError(
-            f"{checkpoint.origin} has no usable tokenizer, which calibration needs: {reason}; put its tokenizer files "
-            "into the folder, or pass --moments that were made elsewhere"
+            f"{checkpoint.origin} has no usable tokenizer, which calibration needs: {calibration_reason(e)}; put its "
+            "tokenizer files into the folder, or pass --moments that were made elsewhere"
         ) from e

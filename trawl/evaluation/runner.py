@@ -34,6 +34,7 @@ def evaluate(
     device: str = "auto",
     context: int | None = None,
     stride: int | None = None,
+    trust_remote_code: bool = False,
     observer: Observer = silent,
 ) -> tuple[TaskResult, ...]:
     """Run tasks on a model and return their figures with standard errors.
@@ -55,6 +56,7 @@ def evaluate(
         context: the most tokens fed at once; by default the model's own limit, and at most 2048 for ``ppl``. A record
             that is longer is left out of the figures and counted in ``overlong``.
         stride: scored tokens in each window of ``ppl``; by default half the context.
+        trust_remote_code: run the code that comes with the model, with all the rights of this process.
         observer: told of progress, in tokens of input.
     Returns: one result per task, in their order.
     Raises: TrawlError: PlanError for tasks, options, or a task that the model class cannot do; LoadError for the model.
@@ -83,6 +85,7 @@ def evaluate(
         device=device,
         context=context,
         batch_tokens=batch_tokens,
+        trust_remote_code=trust_remote_code,
     )
     training = subject.model.training
     subject.model.eval()

@@ -17,7 +17,7 @@ from trawl import gguf
 from trawl.errors import LoadError, PlanError, suggestion
 from trawl.evaluation.tasks import PairsTask, Task
 from trawl.hf.load import check_folder, load
-from trawl.models import no_bars
+from trawl.models import OWN_CODE, no_bars, own_code_refused
 from trawl.pipeline import pick_device
 from trawl.tokens import encode_plain, position_limit, prefix_tokens
 
@@ -128,6 +128,7 @@ def open_subject(
     device: str = "auto",
     context: int | None = None,
     batch_tokens: int,
+    trust_remote_code: bool = False,
 ) -> Subject:
     """Load the model, unless it is loaded, and check that it can do every task.
 
@@ -139,12 +140,15 @@ def open_subject(
         LoadError: there is no such model or no tokenizer with it.
     """
     if isinstance(model, str | Path):
-        model, tokenizer = _load(model, tasks, tokenizer, revision=revision, dtype=dtype, device=device)
+        pinned = _pinned(revision, trust_remote_code=trust_remote_code)
+        model, tokenizer = _load(model, tasks, tokenizer, pinned, dtype=dtype, device=device)
     else:
         if tokenizer is None:
             raise PlanError("a loaded model needs its tokenizer; pass tokenizer=")
-        if (dtype, device, revision) != ("auto", "auto", None):
-            raise PlanError("dtype, device and revision go with a path or hub id; convert the loaded model itself")
+        if (dtype, device, revision, trust_remote_code) != ("auto", "auto", None, False):
+            raise PlanError(
+                "dtype, device, revision and trust_remote_code go with a path or hub id; convert a loaded model itself"
+            )
         check_role(_role(model, model.config), tasks)
     limit = position_limit(model, tokenizer)
     if context is not None and limit is not None and context > limit:
@@ -152,35 +156,55 @@ def open_subject(
     return Subject(model, tokenizer, context or limit, batch_tokens)
 
 
-def _load(
-    name: str | Path, tasks: Sequence[Task], tokenizer: Any, *, revision: str | None, dtype: str, device: str
-) -> tuple[Any, Any]:
-    """Load model and tokenizer; what the configuration tells is checked before any weight is read."""
+def check_loadable(path: Path, tasks: Sequence[Task], *, dtype: str, trust_remote_code: bool) -> None:
+    """Raise before any weight is read what :func:`open_subject` of a folder is known to raise by then."""
+    _check_dtype(dtype)
+    _describe(path, path, tasks, None, _pinned(None, trust_remote_code=trust_remote_code))
+
+
+def _pinned(revision: str | None, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Return the arguments of every call of transformers; where none says False, it asks on a terminal."""
+    return {OWN_CODE: trust_remote_code} | ({} if revision is None else {"revision": revision})
+
+
+def _check_dtype(dtype: str) -> None:
+    """Raise for a dtype that no model can be loaded in."""
     if dtype not in DTYPES:
         raise PlanError(f"unknown dtype {dtype!r}{suggestion(dtype, DTYPES)}; expected {', '.join(DTYPES)}")
+
+
+def _load(
+    name: str | Path, tasks: Sequence[Task], tokenizer: Any, pinned: Mapping[str, Any], *, dtype: str, device: str
+) -> tuple[Any, Any]:
+    """Load model and tokenizer; what the configuration tells is checked before any weight is read."""
+    _check_dtype(dtype)
     chosen = pick_device(device)
     path = Path(name)
     if path.suffix == ".gguf":
         path = gguf.converted(path)
-    elif revision is not None and path.exists():
-        raise LoadError(f"revision {revision} goes with a hub id; {name} is a local path")
-    pinned: dict[str, Any] = {"trust_remote_code": False}  # else transformers asks on a terminal
-    if revision is not None:
-        pinned["revision"] = revision
-    config = _read_config(path, pinned)
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if named is not None:
-        check_role(_role(named, config), tasks)
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), **pinned)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise LoadError(f"{name} has no usable tokenizer ({str(e).splitlines()[0]}); pass one in Python") from e
+    elif "revision" in pinned and path.exists():
+        raise LoadError(f"revision {pinned['revision']} goes with a hub id; {name} is a local path")
+    tokenizer = _describe(name, path, tasks, tokenizer, pinned)
     with no_bars():
         model: Any = load(path, dtype=DTYPES[dtype], **pinned)
     model.to(chosen).eval()
     check_role(_role(model, model.config), tasks)
     return model, tokenizer
+
+
+def _describe(name: str | Path, path: Path, tasks: Sequence[Task], tokenizer: Any, pinned: Mapping[str, Any]) -> Any:
+    """Check the configuration, and return the tokenizer."""
+    config = _read_config(path, pinned)
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None:
+        check_role(_role(named, config), tasks)
+    if tokenizer is not None:
+        return tokenizer
+    try:
+        with own_code_refused(path):
+            return AutoTokenizer.from_pretrained(str(path), **pinned)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise LoadError(f"{name} has no usable tokenizer ({str(e).splitlines()[0]}); pass one in Python") from e
 
 
 def _read_config(path: Path, pinned: Mapping[str, Any]) -> Any:
@@ -190,7 +214,8 @@ def _read_config(path: Path, pinned: Mapping[str, Any]) -> Any:
     elif path.is_absolute() or len(path.parts) > 2 or path.exists():
         raise LoadError(f"no such folder: {path}; expected a checkpoint folder, a hub id, or a .gguf file")
     try:
-        return AutoConfig.from_pretrained(str(path), **pinned)
+        with own_code_refused(path):
+            return AutoConfig.from_pretrained(str(path), **pinned)
     except (OSError, ValueError) as e:
         raise LoadError(
             f"{path} is no folder, and as a hub id gives no configuration: {str(e).strip().splitlines()[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from trawl.descriptor import METHOD, Descriptor, looks_like_factor
 from trawl.descriptor_reader import parse_descriptor
 from trawl.errors import CheckpointError, LoadError
 from trawl.hf.quantizer import read_tensors
-from trawl.models import model_class
+from trawl.models import OWN_CODE, model_class, own_code_refused
 from trawl.untrusted import own_file
 
 
@@ -25,22 +26,17 @@ def load(path: str | Path, auto_class: Any = None, **arguments: Any) -> PreTrain
         path: a local folder, factored or dense, or a hub id.
         auto_class: the class to load with, or its name in transformers, such as ``AutoModelForMaskedLM``; by default
             the one that config.json names under ``architectures``.
-        arguments: passed to ``from_pretrained``.
+        arguments: passed to ``from_pretrained``; with ``trust_remote_code=True`` code that the checkpoint brings is
+            run, also where transformers has code of its own for the model.
     Returns: the model in evaluation mode, with FactoredLinear modules where it is factored.
     Raises: LoadError: the folder is incomplete, its shards, config.json and descriptor contradict each other, the
         described stacks do not fit the model, or it needs code of its own, which runs with ``trust_remote_code=True``
         only; never is a partly loaded model returned.
     Cost: memory of the stored tensors; a replaced matrix is never formed.
     """
-    arguments = {"trust_remote_code": False, **arguments}  # else transformers asks on a terminal
-    try:
+    arguments = {OWN_CODE: False, **arguments}  # else transformers asks on a terminal
+    with own_code_refused(path):
         return _load(path, auto_class, arguments)
-    except ValueError as e:
-        if "trust_remote_code" not in str(e):
-            raise
-        raise LoadError(
-            f"{path} needs code of its own, which is not run; read it, and pass trust_remote_code=True to trawl.load"
-        ) from e
 
 
 def _load(path: str | Path, auto_class: Any, arguments: dict[str, Any]) -> Any:
@@ -48,14 +44,20 @@ def _load(path: str | Path, auto_class: Any, arguments: dict[str, Any]) -> Any:
     folder = Path(path)
     if folder.is_dir():
         check_folder(folder)
-        return model_class(
-            read_json(folder / "config.json", "model configuration").get("architectures"), auto_class
-        ).from_pretrained(folder, **arguments)
+        config = read_json(folder / "config.json", "model configuration")
+        own_code = _own_code(config.get("auto_map"), arguments)
+        return model_class(config.get("architectures"), auto_class, own_code).from_pretrained(folder, **arguments)
     if folder.is_absolute() or len(folder.parts) > 2:
         raise LoadError(f"no such folder: {folder}; expected a checkpoint folder, or a hub id of the form org/name")
-    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-    config = AutoConfig.from_pretrained(str(path), **{name: arguments[name] for name in names if name in arguments})
-    return model_class(config.architectures, auto_class).from_pretrained(str(path), **arguments)
+    names = ("revision", "token", "cache_dir", "local_files_only", OWN_CODE, "subfolder")
+    described = AutoConfig.from_pretrained(str(path), **{name: arguments[name] for name in names if name in arguments})
+    own_code = _own_code(getattr(described, "auto_map", None), arguments)
+    return model_class(described.architectures, auto_class, own_code).from_pretrained(str(path), **arguments)
+
+
+def _own_code(auto_map: Any, arguments: dict[str, Any]) -> Collection[str]:
+    """Return the Auto classes for which a checkpoint brings code, where that may run."""
+    return tuple(auto_map) if arguments[OWN_CODE] and isinstance(auto_map, dict) else ()
 
 
 def check_folder(folder: Path) -> Descriptor | None:

@@ -78,6 +78,7 @@ class Scorer:
             dtype=setup.dtype,
             device=setup.device,
             batch_tokens=setup.batch_tokens,
+            trust_remote_code=setup.trust_remote_code,
         )
         self.subject.model.eval()
         self.editor = WeightEditor(self.subject.model)

@@ -40,6 +40,7 @@ class Setup:
         device: where to evaluate.
         batch_tokens: padded tokens in one batch.
         prefix_memory: bytes for the base model's activations, which trials start from, and for a trial's own.
+        trust_remote_code: whether the code that comes with the model runs; every process is told anew.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Setup:
     device: str = "auto"
     batch_tokens: int = 4096
     prefix_memory: int = 4_000_000_000
+    trust_remote_code: bool = False
 
     def parsed(self) -> tuple[Task, ...]:
         """Read the task files and check every rule that needs no model.
@@ -96,5 +98,7 @@ class Setup:
         value = asdict(self)
         for name in ("trials", "device", "batch_tokens", "prefix_memory", "model"):
             del value[name]
+        if not self.trust_remote_code:
+            del value["trust_remote_code"]  # as in studies that are older than it
         digests = [hashlib.sha256(repr(vars(task)).encode()).hexdigest()[:16] for task in tasks]
         return value | {"weights": fingerprint, "tasks": digests}

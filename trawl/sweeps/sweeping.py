@@ -12,6 +12,7 @@ from typing import Any, Literal
 from optuna.trial import TrialState
 
 from trawl.errors import PlanError
+from trawl.evaluation.subject import check_loadable
 from trawl.observers import Observer, silent
 from trawl.sweeps.composition import candidates, compose
 from trawl.sweeps.findings import Composed, Findings
@@ -81,6 +82,7 @@ def sweep(
     batch_tokens: int = 4096,
     prefix_memory: int = 4_000_000_000,
     ray: str | None = None,
+    trust_remote_code: bool = False,
     command: str = "",
     observer: Observer = silent,
 ) -> SweepResult:
@@ -123,6 +125,8 @@ def sweep(
         batch_tokens: padded tokens in one batch.
         prefix_memory: bytes for the base model's activations, and a trial's.
         ray: ``local``, or the address of a Ray cluster, to spread trials over its workers.
+        trust_remote_code: run the code that comes with the model, with all the rights of this process and of the
+            workers. To go on with a sweep takes it again: what a folder records never runs code.
         command: the command line, for the record.
         observer: told of progress, in trials.
     Returns: the results; ``out`` holds results.json, trials.csv, every record's scores and the factor files.
@@ -150,10 +154,12 @@ def sweep(
         device=device,
         batch_tokens=batch_tokens,
         prefix_memory=prefix_memory,
+        trust_remote_code=trust_remote_code,
     )
     folder = Path(out).absolute()
     planner = Planner(setup, folder)
     interventions, notes = planner.check(space.interventions(planner.layer_count))
+    check_loadable(planner.checkpoint.folder, planner.tasks, dtype=dtype, trust_remote_code=trust_remote_code)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / "study.lock"):
         check_identity(folder, setup.identity(planner.checkpoint.fingerprint, planner.tasks))
