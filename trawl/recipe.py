@@ -140,6 +140,9 @@ class Recipe(BaseModel):
             raise PlanError("method narrow needs a size; pass --width 0.75, --width 1152, or --kv-heads N")
         if self.method == "mixed":
             return self._check_mixed()
+        if self.plain or self.parts:
+            name = "plain" if self.plain else "parts"
+            raise PlanError(f"{name} goes with a budget, and this is method {self.method}; leave {name} out")
         if not narrow and self.rank is None:
             raise PlanError("no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
         return self

@@ -129,6 +129,8 @@ def test_pieces_hold_every_matrix_once(workshop):
         ({"keep": 0.5, "plain": True, "write": "factored"}, "plain is for a budget's ordinary checkpoint"),
         ({"keep": 0.5, "anchored": True}, "anchored"),
         ({"method": "mixed"}, "one of keep, size and parts"),
+        ({"plain": True, "rank": 4}, "plain goes with a budget"),
+        ({"parts": ({"rank": 4},), "rank": 4}, "parts goes with a budget"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(values, message):
