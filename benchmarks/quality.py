@@ -165,10 +165,11 @@ def tucker_recipe(checkpoint: Checkpoint, keep: float) -> trawl.Recipe:
     attention = svd_recipe(checkpoint, keep, "input", 1).parts
     fc = make_plan(checkpoint, trawl.Recipe(method="tucker", rank=1, roles="fc", group_layers=1)).stacks[0].stack
     size, inner, hidden = fc.shape
-    sides, budget = inner + hidden, keep * fc.parameters
-    rank = int((math.sqrt(sides**2 + 4 * size * budget) - sides) / (2 * size))  # of size r² + (inner + hidden) r
+    budget, sides = keep * fc.parameters, inner + hidden
+    right = min(hidden, int((math.sqrt(sides**2 + 4 * size * budget) - sides) / (2 * size)))  # of size r² + sides · r
+    left = min(inner, int((budget - hidden * right) / (size * right + inner)))
     parts = [part for part in attention if set(part.roles.split(",")) & {"q", "k", "v", "o"}]
-    parts.append(trawl.Recipe(method="tucker", rank=(size, rank, rank), roles="fc", group_layers=1))
+    parts.append(trawl.Recipe(method="tucker", rank=(size, left, right), roles="fc", group_layers=1))
     return trawl.Recipe(method="mixed", parts=tuple(parts), write="factored")
 
 
