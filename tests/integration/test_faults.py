@@ -105,12 +105,14 @@ def test_killed_while_a_checkpoint_is_made_dense(source, tmp_path):
         trawl.densify(factored, undisturbed)
     before, wanted, out = state(factored), contents(undisturbed), tmp_path / "work" / "out"
     appears = operations.index("rename") + 1
-    for at in (*range(3, appears, 8), appears - 1, appears, len(operations) - 1):
+    for at in (*range(3, appears, 12), appears - 1, appears, len(operations) - 1):
         assert finished(faults.densify_disturbed, factored, out, at) == -signal.SIGKILL
         assert out.exists() == (at >= appears)
         assert state(factored) == before
         with pytest.raises(PlanError, match="pass --overwrite"):
             trawl.densify(factored, out)
+        if Workspace(out).staged.exists():
+            (Workspace(out).staged / "stray").touch()  # as a run on another checkpoint leaves
         trawl.densify(factored, out, overwrite=True)
         assert contents(out) == wanted
         assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -128,9 +130,9 @@ def test_file_operations_that_fail(code, source, tmp_path, second):
                 trawl.compress(source, RECIPE, out)
             except OSError as e:
                 raised = e.errno
-        assert raised in (None, code)
         if len(operations) <= at:
             break
+        assert raised == code or operations[at] == "mkdir"  # of a folder that is there
         left = [path.name for path in tmp_path.rglob("*") if path.name.endswith(".partial") and path.is_file()]
         assert not left or operations[at] == "unlink"
         second(out, resume=True)

@@ -213,6 +213,18 @@ def test_links_out_of_the_folder_are_refused(name, folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "secret"]
 
 
+@pytest.mark.parametrize("name", [SINGLE_NAME, INDEX_NAME, "config.json"])
+def test_links_out_of_the_folder_are_not_opened(name, folder, tmp_path):
+    """Also by what reads headers alone, and with nothing before it that would have looked."""
+    (folder / name).rename(tmp_path / "secret")
+    (folder / name).symlink_to("../secret")
+    if name == SINGLE_NAME:
+        (folder / INDEX_NAME).unlink()
+    with watched(folder) as seen, pytest.raises(CheckpointError, match="is a link out of the checkpoint folder"):
+        open_folder(folder)
+    assert seen == []
+
+
 def test_links_out_of_a_factored_folder_are_refused(tmp_path):
     folder = write_files(tmp_path / "factored", factored_files())
     (folder / "trawl.json").rename(tmp_path / "record")
