@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trawl.budget import Form, Option, choose, make_pieces
 from trawl.budget.curves import Point, Workshop
-from trawl.budget.searching import Measured
+from trawl.budget.ledger import Measured
 from trawl.calibration import make_moments, random_calibration
 from trawl.checkpoint import open_folder
 from trawl.errors import PlanError

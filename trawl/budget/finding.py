@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from trawl.budget.curves import Workshop
-from trawl.budget.searching import Found, Ledger, Searcher, check_budget
+from trawl.budget.ledger import Ledger
+from trawl.budget.searching import Found, Searcher, check_budget
 from trawl.calibration import DEFAULT_TOKENS, Calibration, open_moments, random_calibration
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import ATTEMPTS, Cluster, begin_work, connected, local_path, lost, own_errors
