@@ -112,7 +112,7 @@ def test_a_plan_that_joins_nothing_is_refused(zoo):
 
 def test_the_plan_counts_the_joined_matrix(zoo):
     joined, single = (trawl.plan(zoo("llama"), recipe(layers="1", share=share)) for share in ("input", "none"))
-    assert joined.stacks[0].memory == 64 * 32 * 4 + joined.method.working_set((1, 64, 32))
-    assert single.stacks[0].memory == single.method.working_set((1, 32, 32))
+    assert joined.stacks[0].memory == 64 * 32 * 4 + joined.stacks[0].method.working_set((1, 64, 32))
+    assert single.stacks[0].memory == single.stacks[0].method.working_set((1, 32, 32))
     assert joined.notes == ()
     assert single.notes
