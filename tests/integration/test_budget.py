@@ -201,6 +201,25 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(  # noqa: PLR0917 (fixtures)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_moments_without_their_text_are_refused(cli, model, text, kept, tmp_path):  # noqa: F811
+    trawl.find_recipe(model, trawl.Recipe(keep=0.8), kept, calibrate=text, calibration_tokens=TOKENS)
+    code, _, err = cli("compress", model, "--keep", 0.8, "--moments", kept, "-o", tmp_path / "out")
+    assert code == 2
+    assert "also measures damages on it; pass it with --calibrate" in " ".join(err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_text_random_tokens_stand_in_and_are_used_again(model, tmp_path):  # noqa: F811
+    reports = [
+        trawl.compress(
+            model, trawl.Recipe(keep=keep), tmp_path / str(keep), moments=tmp_path / "m", calibration_tokens=TOKENS
+        )
+        for keep in (0.7, 0.8)
+    ]
+    assert all(report.stacks for report in reports)
+    assert not (tmp_path / "m" / "kronecker.json").exists()  # gradients of random tokens say nothing
+
+
 def test_parts_that_overlap_are_refused(model, tmp_path):  # noqa: F811
     parts = ({"method": "svd", "rank": 4, "roles": "q"}, {"method": "cp", "rank": 4, "roles": "attn"})
     with pytest.raises(PlanError, match="parts of the mixed recipe overlap"):

@@ -16,7 +16,8 @@ import torch
 from trawl.budget.curves import Workshop
 from trawl.budget.ledger import Ledger
 from trawl.budget.searching import Found, Searcher, check_budget
-from trawl.calibration import DEFAULT_TOKENS, Calibration, open_moments, random_calibration
+from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, open_moments, random_calibration
+from trawl.calibration.moments import RECORD
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import ATTEMPTS, Cluster, begin_work, connected, local_path, lost, own_errors
 from trawl.errors import PlanError
@@ -107,7 +108,11 @@ class Question:
         """Return what the model is run on."""
         if self.calibrate is None:
             source = random_calibration(checkpoint, match, self.calibration_tokens, device)
-            source.check(self.folder)
+            if (self.folder / RECORD).exists() and Moments.read(self.folder).identity != source.identity:
+                raise PlanError(
+                    f"{self.folder} holds moments of a text, and a budget also measures damages on it; pass it with "
+                    "--calibrate, or leave --moments out"
+                )
             return source
         opened = open_moments(
             checkpoint,
