@@ -148,6 +148,41 @@ def test_no_room_for_a_file(limit, source, tmp_path, second):
     second(tmp_path / "out", resume=True)
 
 
+FULL_DISK = """
+import errno, pathlib, shutil, subprocess, sys
+from unittest import mock
+import trawl
+from tests.faults import RECIPE
+source, disk, size, copied = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
+out = pathlib.Path(disk) / "out"
+try:
+    with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=1 << 40)):
+        trawl.compress(source, RECIPE, out)
+except OSError as e:
+    assert e.errno == errno.ENOSPC and not out.exists(), e
+else:
+    raise AssertionError("the disk had room")
+subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+trawl.compress(source, RECIPE, out, resume=True)
+assert [path.name for path in out.parent.iterdir()] == ["out"]
+shutil.copytree(out, copied)
+"""
+
+
+def test_a_disk_that_is_full(source, undisturbed, tmp_path):
+    """A tmpfs, in a mount namespace of its own, that says it has room."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("no tmpfs can be mounted: this system allows no mount namespaces")
+    (tmp_path / "disk").mkdir()
+    before = state(source)
+    command = [sys.executable, "-c", FULL_DISK, source, tmp_path / "disk", "60", tmp_path / "copied"]
+    done = subprocess.run(["unshare", "-rm", *map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "copied") == undisturbed
+    assert state(source) == before
+
+
 def test_nothing_is_renamed_before_it_is_on_disk(source, tmp_path, monkeypatch):
     """What a power cut leaves: bytes before names, names inside a folder before the folder's own."""
     synced: dict[int, tuple[int, int]] = {}
