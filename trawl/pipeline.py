@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trawl.budget import SEARCH_RECORD, Found, Question, find, search_folder
+from trawl.budget import SEARCH_RECORD, Found, Question, find, held
 from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, make_moments, open_moments, random_calibration
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import connected, local_path
@@ -105,17 +106,17 @@ def find_recipe(
     Raises: TrawlError: the checkpoint or the budget cannot be used.
     Cost: one calibration, and up to seven runs of some thousand tokens from each layer on.
     """
-    with search_folder(Path(folder), folder) as kept:
-        question = Question(
-            str(model),
-            recipe,
-            kept,
-            revision,
-            None if calibrate is None else str(calibrate),
-            calibration_tokens,
-            str(pick_device(device)),
-            family_file,
-        )
+    question = Question(
+        model=str(model),
+        recipe=recipe,
+        folder=Path(folder),
+        revision=revision,
+        calibrate=None if calibrate is None else str(calibrate),
+        calibration_tokens=calibration_tokens,
+        device=str(pick_device("cpu" if ray is not None and device.startswith("cuda") else device)),
+        family_file=family_file,
+    )
+    with held(question.folder):
         return find(question, ray, observer)
 
 
@@ -191,19 +192,23 @@ def compress(
     checkpoint = open_checkpoint(model, revision)
     target = Workspace(Path(out) if out is not None else Path(f"{_stem(checkpoint)}-{_budget_text(recipe)}"))
     target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0)
-    with search_folder(target.search, moments) as folder:
-        question = Question(
-            str(model),
-            recipe,
-            folder,
-            revision,
-            None if calibrate is None else str(calibrate),
-            calibration_tokens,
-            str(pick_device("cpu" if ray is not None and device.startswith("cuda") else device)),
-            family_file,
-        )
-        found = find(question, ray, observer)
-        return run(found.recipe, target.out, moments=folder, found=found)
+    folder = target.search if moments is None else Path(moments)
+    found = find_recipe(
+        model,
+        recipe,
+        folder,
+        revision=revision,
+        family_file=family_file,
+        device=device,
+        calibrate=calibrate,
+        calibration_tokens=calibration_tokens,
+        ray=ray,
+        observer=observer,
+    )
+    report = run(found.recipe, target.out, moments=folder, found=found)
+    if moments is None:
+        shutil.rmtree(folder)
+    return report
 
 
 def _compress(

@@ -201,6 +201,13 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(  # noqa: PLR0917 (fixtures)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("options", "message"), [({"keep": 0.05}, "out of reach"), ({"keep": 0.8}, "no such")])
+def test_a_search_that_never_began_leaves_nothing(options, message, model, tmp_path):  # noqa: F811
+    with pytest.raises(PlanError, match=message):
+        compress(model, tmp_path / "out", tmp_path / "absent.txt", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_moments_without_their_text_are_refused(cli, model, text, kept, tmp_path):  # noqa: F811
     trawl.find_recipe(model, trawl.Recipe(keep=0.8), kept, calibrate=text, calibration_tokens=TOKENS)
     code, _, err = cli("compress", model, "--keep", 0.8, "--moments", kept, "-o", tmp_path / "out")

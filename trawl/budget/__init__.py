@@ -4,7 +4,7 @@ Importing this package loads no model code.
 """
 
 from trawl.budget.choosing import Option, choose
-from trawl.budget.finding import SEARCH_RECORD, Question, find, search_folder
+from trawl.budget.finding import SEARCH_RECORD, Question, find, held
 from trawl.budget.pieces import Form, Piece, make_pieces
 from trawl.budget.searching import Found
 
@@ -17,6 +17,6 @@ __all__ = [
     "Question",
     "choose",
     "find",
+    "held",
     "make_pieces",
-    "search_folder",
 ]

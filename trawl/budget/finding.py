@@ -33,24 +33,24 @@ SEARCH_RECORD = "search.json"
 
 
 @contextmanager
-def search_folder(default: Path, given: Path | str | None) -> Iterator[Path]:
-    """Hold a search's folder against other searches in a ``with`` block.
+def held(folder: Path) -> Iterator[None]:
+    """Hold a search's folder against other searches in a ``with`` block; one in which nothing was made is removed.
 
-    Args:
-        default: where it lies if none is given; removed after the block, but kept if an error is raised.
-        given: a folder that is kept.
     Raises: PlanError: another search works there now.
     """
-    folder = Path(given) if given is not None else default
+    new = not folder.exists()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / "lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise PlanError(f"another search is working in {folder}; wait for it, or choose another folder") from e
-        yield folder
-        if given is None:
-            shutil.rmtree(folder)
+        try:
+            yield
+        except BaseException:
+            if new and [path.name for path in folder.iterdir()] == ["lock"]:
+                shutil.rmtree(folder)
+            raise
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,11 @@ class Piece:
         return Form(structure, tuple(ranks), sum(sizes))
 
     def recipes(self, form: Form) -> tuple[dict[str, Any], ...]:
-        """Return the parts of a mixed recipe that make a form, as plain values."""
-        layers = str(self.layer)
+        """Return the parts of a mixed recipe that decompose a piece, as plain values; none of a dense form."""
         if form.structure == "dense":
             return ()
-        if form.structure == "narrow":
-            return ({"method": "narrow", "width": form.sizes[0], "layers": layers},)
         return tuple(
-            {"method": "svd", "rank": rank, "layers": layers, "roles": ",".join(stack.roles)}
+            {"method": "svd", "rank": rank, "layers": str(self.layer), "roles": ",".join(stack.roles)}
             | ({"share": "input"} if stack.joined else {"group_layers": 1})
             for stack, rank in zip(self.stacks(form.structure), form.sizes, strict=True)
             if rank
