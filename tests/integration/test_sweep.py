@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,6 +344,19 @@ def test_a_corrupt_journal_is_told_in_one_line(grid, model, tasks, run, tmp_path
     assert re.fullmatch(r"PlanError: cannot open the study in \S+study\.journal: .*\n", err)
 
 
+def test_a_sweep_goes_on_when_its_task_files_lie_elsewhere(grid, model, tasks, tmp_path):
+    out, moved = shutil.copytree(grid.folder, tmp_path / "study"), tmp_path / "moved"
+    folder = Path(tasks["small"].partition(":")[2]).parent
+    shutil.copytree(folder, moved)
+    there = [tasks[name].replace(str(folder), str(moved)) for name in ("qa", "small")]
+    again = trawl.sweep(model, there, out, **GRID)
+    assert again.results["trials"] == grid.results["trials"]
+    file = Path(there[0].partition(":")[2].partition("?")[0])
+    file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ResumeError, match="differs in tasks;"):
+        trawl.sweep(model, there, out, **GRID)
+
+
 def test_another_sweeps_folder_is_refused_with_what_differs(grid, model, tasks, tmp_path):
     out = shutil.copytree(grid.folder, tmp_path / "study")
     with pytest.raises(ResumeError, match="differs in seed, space;"):
@@ -422,8 +436,10 @@ def test_a_rank_that_no_stack_allows_is_left_out_with_a_note(model, tasks, tmp_p
     assert [trial["rank"] for trial in result.results["trials"]] == [4]
     (note,) = result.results["left_out"]
     assert re.match("svd rank 40 of fc in layers 2 left out: .*40.* rank up to 32", note)
-    with pytest.raises(PlanError, match="no intervention fits the model: svd rank 40"):
-        trawl.sweep(model, tasks["small"], tmp_path / "none", **FEW | {"ranks": (40,)})
+    with pytest.raises(
+        PlanError, match=r"no intervention fits the model: svd rank 40 .*\(and 2 other runs of layers\)"
+    ):
+        trawl.sweep(model, tasks["small"], tmp_path / "none", **FEW | {"ranks": (40,), "layers": "all"})
 
 
 def test_tucker_triples_and_runs_of_layers_are_tried(model, tasks, tmp_path):

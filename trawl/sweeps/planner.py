@@ -12,7 +12,7 @@ from trawl.hub import open_checkpoint
 from trawl.planning import Plan, make_plan, match_checkpoint
 from trawl.recipe import Recipe
 from trawl.sweeps.setup import Setup
-from trawl.sweeps.space import Intervention, rank_text
+from trawl.sweeps.space import Intervention, Rank, rank_text
 
 
 @dataclass(eq=False)
@@ -42,17 +42,23 @@ class Planner:
 
         Raises: TrawlError: a role or layer is not in the model.
         """
-        kept, notes = [], []
+        kept: list[Intervention] = []
+        refused: dict[tuple[str, Rank, str], list[str]] = {}  # alike but for the layers
         for intervention in interventions:
             try:
                 self.plan(intervention)
             except RankError as e:
-                notes.append(f"{intervention.label} left out: {e}")
+                alike = refused.setdefault((intervention.method, intervention.rank, intervention.roles), [])
+                alike.append(f"{intervention.label} left out: {e}")
                 continue
             kept.append(intervention)
+        notes = tuple(
+            f"{first} (and {len(others)} other runs of layers)" if others else first
+            for first, *others in refused.values()
+        )
         if not kept:
             raise PlanError(f"no intervention fits the model: {notes[0]}")
-        return tuple(kept), tuple(notes)
+        return tuple(kept), notes
 
     def plan(self, intervention: Intervention) -> Plan:
         """Work out an intervention's stacks on the stored checkpoint, which ``trawl compress`` starts from too."""

@@ -100,5 +100,11 @@ class Setup:
             del value[name]
         if not self.trust_remote_code:
             del value["trust_remote_code"]  # as in studies that are older than it
-        digests = [hashlib.sha256(repr(vars(task)).encode()).hexdigest()[:16] for task in tasks]
-        return value | {"weights": fingerprint, "tasks": digests}
+        return value | {"weights": fingerprint, "tasks": [_digest(task) for task in tasks]}
+
+
+def _digest(task: Task) -> str:
+    """Return what tells a task from others: all that is asked, wherever its file lies."""
+    asked = {name: value for name, value in vars(task).items() if name != "spec"}
+    _, _, options = task.spec.partition("?")
+    return hashlib.sha256(repr((task.kind, options, asked)).encode()).hexdigest()[:16]
