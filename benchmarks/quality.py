@@ -9,8 +9,9 @@ trawl --plain; trawl; and int8, every matrix of the whole model rounded to int8 
 the same for all matrices of a role. Perplexity is over windows of 1,024 tokens of WikiText-2 valid and of the second
 half of the C4 sample; accuracies are `trawl eval`'s.
 
-Weights are replaced in the loaded model by what each row's factors multiply out to, so that a row takes seconds;
-parameters and bytes are those of the plan, which are those on disk. `--raw FILE` keeps every figure as JSON.
+trawl's two rows are what `trawl compress --keep` writes, loaded from disk. In all others weights are replaced in the
+loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and bytes are those of
+the plan, which are those on disk. `--raw FILE` keeps every figure as JSON.
 """
 
 from __future__ import annotations
@@ -103,13 +104,13 @@ class Bench:
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
 
-    def score(self) -> dict[str, Any]:
-        """Return perplexities and accuracies of the model as it is."""
+    def score(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Return perplexities and accuracies of a model."""
         figures: dict[str, Any] = {}
         data, limit = self.options.data, self.options.limit
         for name, text in self.texts.items():
             result = trawl.evaluate(
-                self.model,
+                model,
                 f"ppl:{text}",
                 tokenizer=self.tokenizer,
                 limit=self.options.windows,
@@ -123,7 +124,7 @@ class Bench:
         for task in TASKS:
             kind, file = task.split(":")
             result = trawl.evaluate(
-                self.model,
+                model,
                 f"{kind}:{data / file}",
                 tokenizer=self.tokenizer,
                 limit=limit,
@@ -208,11 +209,15 @@ def int8(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return rounded
 
 
-def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], tuple[dict[str, torch.Tensor], int, int]]]:
-    """Return by name what makes each row: tensors, parameters of the whole and bytes of its shards."""
+Row = tuple[dict[str, torch.Tensor] | PreTrainedModel, int, int]
+"""What is scored, tensors to put into the model or a model of its own; parameters of the whole, bytes of its shards."""
+
+
+def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
+    """Return by name what makes each row."""
     plain_moments = replace(bench.moments, outputs=None)
 
-    def of(recipe: trawl.Recipe, weigh: Weigh) -> tuple[dict[str, torch.Tensor], int, int]:
+    def of(recipe: trawl.Recipe, weigh: Weigh) -> Row:
         planned = make_plan(bench.checkpoint, recipe)
         return bench.tensors(planned, weigh), planned.output_parameters, planned.output_bytes
 
@@ -222,15 +227,17 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], tuple[
     def whitened(stack: Stack) -> Weights:
         return stack_weights(plain_moments, stack)
 
-    def weighted(stack: Stack) -> Weights:
-        return stack_weights(bench.moments, stack)
-
-    def found(*, plain: bool) -> tuple[dict[str, torch.Tensor], int, int]:
-        recipe = trawl.Recipe(keep=keep, plain=plain)
-        search = trawl.find_recipe(
-            bench.options.model, recipe, work, calibrate=str(bench.options.calibrate), device=str(bench.device)
-        )
-        return of(search.recipe, weighted)
+    def found(*, plain: bool) -> Row:
+        options = bench.options
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "out"
+            recipe = trawl.Recipe(keep=keep, plain=plain)
+            trawl.compress(
+                options.model, recipe, out, calibrate=options.calibrate, moments=work, device=str(bench.device)
+            )
+            written = open_checkpoint(out)
+            model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(bench.device).eval()
+            return model, written.parameters, written.nbytes
 
     return {
         "whitened SVD": svd("none", 1, whitened),
@@ -249,27 +256,28 @@ def run(bench: Bench, work: Path, raw: Path | None, console: Console) -> None:
     """Make and score every row, and print a table for each share kept."""
     original = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
     dense = {"parameters": bench.checkpoint.parameters, "bytes": bench.checkpoint.nbytes, "seconds": 0.0}
-    figures: dict[str, Any] = {"dense": dense | bench.score()}
+    figures: dict[str, Any] = {"dense": dense | bench.score(bench.model)}
     began = time.perf_counter()
     bench.put(int8(bench.model))
     size = sum(t.numel() + 4 * len(t) if t.dim() == 2 else 4 * t.numel() for t in _stored(bench))
     seconds = time.perf_counter() - began
-    figures["int8"] = {"parameters": bench.checkpoint.parameters, "bytes": size, "seconds": seconds} | bench.score()
+    figures["int8"] = {"parameters": bench.checkpoint.parameters, "bytes": size, "seconds": seconds} | bench.score(
+        bench.model
+    )
     bench.put(original)
     for keep in bench.options.keep:
         for name, make in rows(bench, keep, work).items():
             if bench.options.row and name not in bench.options.row:
                 continue
             began = time.perf_counter()
-            tensors, parameters, nbytes = make()
-            seconds = time.perf_counter() - began
-            bench.put(tensors)
-            figures[f"{keep}: {name}"] = {
-                "parameters": parameters,
-                "bytes": nbytes,
-                "seconds": seconds,
-            } | bench.score()
-            bench.put({key: original[key] for key in tensors})
+            made, parameters, nbytes = make()
+            row = {"parameters": parameters, "bytes": nbytes, "seconds": time.perf_counter() - began}
+            if isinstance(made, PreTrainedModel):
+                figures[f"{keep}: {name}"] = row | bench.score(made)
+            else:
+                bench.put(made)
+                figures[f"{keep}: {name}"] = row | bench.score(bench.model)
+                bench.put({key: original[key] for key in made})
             console.print(f"{keep}: {name}", {key: _shown(value) for key, value in figures[f"{keep}: {name}"].items()})
             if raw:
                 raw.write_text(json.dumps(figures, indent=1))

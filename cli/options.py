@@ -52,6 +52,11 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Block by block: targets of the original model, inputs of the compressed one; with --calibrate.",
     ),
     click.option(
+        "--refit/--no-refit",
+        default=None,
+        help="Let the units that narrow keeps take over what was left out, on the --calibrate text.  [budgets: yes]",
+    ),
+    click.option(
         "--output-weighting",
         metavar="none|fisher|kronecker",
         help="Weigh the outputs too, by the loss's gradients on the --calibrate text.  [default: none]",

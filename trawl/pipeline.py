@@ -21,6 +21,7 @@ from trawl.decomposing import Spread, seal_stack
 from trawl.errors import CheckpointError, PlanError
 from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.hub import open_checkpoint
+from trawl.narrowing import Narrowed
 from trawl.observers import Observer, silent
 from trawl.output import copy_side_files, factor_path, load_result, write_config, write_shards
 from trawl.planning import Plan, make_plan
@@ -57,6 +58,7 @@ def plan(
     Cost: reads headers; no shard of a hub checkpoint is downloaded.
     """
     check_anchored(recipe, calibrate, moments)
+    check_refit(recipe, calibrate)
     if recipe.budget:
         raise PlanError("a budget's plan takes a search; call trawl.find_recipe, and plan what it finds")
     planned = make_plan(open_checkpoint(model, revision, weights=False), recipe, family_file)
@@ -72,7 +74,10 @@ def plan(
     )
     if isinstance(source, Calibration) and recipe.anchored:
         return replace(planned, notes=(*planned.notes, _anchored_note(source)))
-    return replace(planned, notes=(*planned.notes, str(source))) if source else planned
+    notes = [*planned.notes, *([str(source)] if source else [])]
+    if isinstance(source, Calibration) and recipe.refit and planned.narrowed:
+        notes.append(_refit_note(planned.narrowed, source))
+    return replace(planned, notes=tuple(notes))
 
 
 def find_recipe(
@@ -125,6 +130,18 @@ def _anchored_note(text: Calibration) -> str:
     return (
         f"block by block, the original and the compressed model are run on up to {text.tokens:,} tokens of "
         f"{text.text.name}, up to five times: about {2 * text.memory / 1e9:.1f} GB of memory"
+    )
+
+
+def _refit_note(narrowed: Narrowed, text: Calibration) -> str:
+    """Say what a refit will do, for a plan."""
+    itemsize = 2 if text.compute == "bf16" else 4
+    widest = max(cut.reader.shape[0] * cut.keep // cut.units for cut in narrowed.cuts)
+    hidden = narrowed.cuts[0].reader.shape[1]
+    needed = text.tokens * (itemsize * (widest + 5 * hidden) + 2 * 4 * hidden)
+    return (
+        f"block by block, what writes the units that stay is refitted on up to {text.tokens:,} tokens of "
+        f"{text.text.name}: about {needed / 1e9:.1f} GB of memory"
     )
 
 
@@ -205,7 +222,10 @@ def compress(
         ray=ray,
         observer=observer,
     )
-    report = run(found.recipe, target.out, moments=folder, found=found)
+    text = calibrate if found.recipe.refit else None
+    report = run(
+        found.recipe, target.out, calibrate=text, calibration_tokens=calibration_tokens, moments=folder, found=found
+    )
     if moments is None:
         shutil.rmtree(folder)
     return report
@@ -233,6 +253,7 @@ def _compress(
     """Write a checkpoint by a recipe whose sizes are known; ``found`` is the search that they come from."""
     started = time.perf_counter()
     check_anchored(recipe, calibrate, moments, factors, ray)
+    check_refit(recipe, calibrate)
     checkpoint = open_checkpoint(model, revision)
     state = checkpoint.state()
     planned = make_plan(checkpoint, recipe, family_file)
@@ -276,7 +297,9 @@ def _compress(
         if isinstance(source, Calibration) and recipe.anchored:
             planned = replace(planned, anchor=source)
         else:
-            planned = replace(planned, moments=make_moments(source, kept or workspace.moments, observer))
+            made = make_moments(source, kept or workspace.moments, observer)
+            text = source if recipe.refit and isinstance(source, Calibration) else None
+            planned = replace(planned, moments=made, refit=text)
         spread = None
         if cluster:
             fingerprint = checkpoint.fingerprint
@@ -343,6 +366,15 @@ def check_anchored(recipe: Recipe, calibrate: Any, moments: Any, factors: Any = 
                 f"--{name} does not go with --anchored: each stack depends on those before it, as they are here; leave "
                 "one of the two out"
             )
+
+
+def check_refit(recipe: Recipe, calibrate: Any) -> None:
+    """Raise PlanError for a refit without a text."""
+    if recipe.refit and not recipe.budget and calibrate is None:
+        raise PlanError(
+            "a refit needs what the model computes on a text, of which moments alone do not tell enough; pass "
+            "--calibrate TEXT, or --no-refit"
+        )
 
 
 def default_out(planned: Plan) -> Path:
@@ -447,28 +479,31 @@ def decompose_stacks(
     Returns: seconds by stack; 0 for one that was sealed before or comes from the library.
     """
     seconds = {item.stack.name: 0.0 for item in planned.stacks}
+    paths = {item.stack.name: factor_path(workspace, item.stack) for item in planned.stacks}
     if planned.anchor:
         from trawl.anchoring import seal_anchored  # noqa: PLC0415 (transformers' model code: a second)
 
-        paths = {item.stack.name: factor_path(workspace, item.stack) for item in planned.stacks}
         return seal_anchored(planned, planned.anchor, paths, absmax, observer)
-    missing = [item for item in planned.stacks if not factor_path(workspace, item.stack).exists()]
+    missing = {item: paths[item.stack.name] for item in planned.stacks if not paths[item.stack.name].exists()}
     if spread:
-        return seconds | spread.seal(
-            {item.stack.name: factor_path(workspace, item.stack) for item in missing}, absmax, observer
-        )
-    for item in missing:
-        path = factor_path(workspace, item.stack)
-        if library:
+        seconds |= spread.seal({item.stack.name: path for item, path in missing.items()}, absmax, observer)
+    elif library:
+        for item, path in missing.items():
             library.load(library.find(planned, item)).save(path, {"stack": item.to_json()})
-            continue
-        seconds[item.stack.name] = seal_stack(
-            planned,
-            item,
-            path,
-            absmax=absmax[item.stack.name],
-            device=where,
-            max_memory=max_memory,
-            observer=observer,
-        )
+    else:
+        for item, path in missing.items():
+            seconds[item.stack.name] = seal_stack(
+                planned,
+                item,
+                path,
+                absmax=absmax[item.stack.name],
+                device=where,
+                max_memory=max_memory,
+                observer=observer,
+            )
+    if planned.refit and planned.narrowed:
+        from trawl.refitting import seal_refitted  # noqa: PLC0415 (transformers' model code: a second)
+
+        for name, spent in seal_refitted(planned, planned.refit, paths, observer).items():
+            seconds[name] += spent
     return seconds

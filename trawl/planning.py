@@ -76,6 +76,7 @@ class Plan:
     narrowed: Narrowed | None = None  # what a narrow output leaves out
     moments: Moments | None = None  # that weigh the error
     anchor: Calibration | None = None  # the text of an anchored run
+    refit: Calibration | None = None  # the text that narrowed FCs are refitted on
 
     @property
     def factored(self) -> tuple[PlannedStack, ...]:

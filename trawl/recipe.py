@@ -19,7 +19,16 @@ METHODS = ("cp", "tucker", "svd", "narrow", "mixed")
 OutputWeighting = Literal["none", "fisher", "kronecker"]
 Compute = Literal["float32", "bf16"]
 ROLE_GROUPS = {**KINDS, "all": ROLES}
-IN_COMMON = ("write", "factor_dtype", "allow_larger", "output_weighting", "seed", "compute", "engine")  # of all parts
+IN_COMMON = (
+    "write",
+    "factor_dtype",
+    "allow_larger",
+    "output_weighting",
+    "refit",
+    "seed",
+    "compute",
+    "engine",
+)  # of all parts
 
 
 class Recipe(BaseModel):
@@ -48,6 +57,9 @@ class Recipe(BaseModel):
             ``"input"`` (q, k and v; gate and up), or those of one ``"role"``; o and down always stay single.
         anchored: whether a calibrated run goes block by block, each stack fitted to what the original model computes
             from the inputs that the compressed model gives it; stacks lie within one layer then.
+        refit: whether what writes the units that ``narrow`` keeps of an FC takes over what was left out, on the
+            calibration text; without it they stay as they are, and only what reads them is refitted. A budget with a
+            text does it.
         output_weighting: how a calibrated run weighs what a matrix gives, beside what it reads: not at all, or by the
             loss's gradients, row by row (``"fisher"``) or by their second moment (``"kronecker"``).
         write: ``"dense"`` (same tensors and shapes) or ``"factored"`` (factors in place of matrices).
@@ -76,6 +88,7 @@ class Recipe(BaseModel):
     group_layers: Literal["all"] | int = "all"
     share: Share = "none"
     anchored: bool = False
+    refit: bool = False
     output_weighting: OutputWeighting = "none"
     write: Literal["dense", "factored"] = "dense"
     factor_dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -117,6 +130,7 @@ class Recipe(BaseModel):
             "write": "dense" if values.get("plain") else "factored",
             "output_weighting": "kronecker",
             "compute": "bf16",
+            "refit": True,
             **values,
         }
 
@@ -204,6 +218,18 @@ class Recipe(BaseModel):
             raise PlanError(
                 f"output_weighting {self.output_weighting!r} takes gradients of the original model, and an anchored "
                 "run knows none of the compressed one; leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_refit(self) -> Recipe:
+        """Raise PlanError where there is nothing to refit, or nothing to refit it to."""
+        if self.refit and self.method not in ("narrow", "mixed"):
+            raise PlanError(f"refit is for units that narrow keeps, and the method is {self.method}; leave it out")
+        if self.refit and self.anchored:
+            raise PlanError(
+                "refit fits to what the original model computes, and an anchored run to inputs of the compressed one; "
+                "leave one of the two out"
             )
         return self
 

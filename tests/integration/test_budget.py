@@ -151,7 +151,17 @@ def test_the_recipe_that_was_found_gives_the_same_bytes(cli, model, text, kept, 
     )
     assert code == 0, err
     (tmp_path / "recipe.yaml").write_text(out)
-    code, _, err = cli("compress", model, "--recipe", tmp_path / "recipe.yaml", "--moments", kept, "-o", tmp_path / "a")
+    options = (
+        "--recipe",
+        tmp_path / "recipe.yaml",
+        "--moments",
+        kept,
+        "--calibrate",
+        text,
+        "--calibration-tokens",
+        TOKENS,
+    )
+    code, _, err = cli("compress", model, *options, "-o", tmp_path / "a")
     assert code == 0, err
     compress(model, tmp_path / "b", text, kept, keep=0.7)
     assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b")

@@ -143,7 +143,8 @@ def find(question: Question, ray: str | None = None, observer: Observer = silent
             "no calibration text: forms are chosen by what the model computes on random tokens. Expect a far worse "
             "model than with a text of its kind; pass --calibrate TEXT"
         )
-        recipe = question.recipe.model_copy(update={"output_weighting": "none"})  # their gradients say nothing
+        told_nothing = {"output_weighting": "none", "refit": False}  # by a text that means nothing
+        recipe = question.recipe.model_copy(update=told_nothing)
         question = replace(question, recipe=recipe)
     with question.searcher(observer) as searcher:
         if question.recipe.plain:

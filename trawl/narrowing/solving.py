@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from trawl.narrowing.cuts import Cut, bias_of
 from trawl.narrowing.selection import Elimination, Problem, eliminate, make_problem, select_groups, weigh_outputs
 from trawl.shards import sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WRITER = "writer."  # before the role, in names of tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class Narrowing:
         bias: the new bias of the reader's outputs; None where the model has none.
         relative_error: √(E‖y − ŷ‖² / E‖y‖²) of the reader's outputs, of what is stored here.
         rounding_error: how far rounding to the stored dtype moved the reader, ‖R − R̂‖ / ‖R‖.
+        writers: by role, rows of the kept units that are not those of the source, (kept, hidden), in the stored dtype.
+        refitted: whether :func:`trawl.refitting.seal_refitted` is done with it.
     """
 
     kept: Tensor
@@ -40,6 +43,8 @@ class Narrowing:
     bias: Tensor | None
     relative_error: float
     rounding_error: float
+    writers: Mapping[str, Tensor] = field(default_factory=dict)
+    refitted: bool = False
 
     def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Write one sealed file: it appears under ``path`` whole, by rename, or not at all."""
@@ -47,9 +52,11 @@ class Narrowing:
             "format_version": FORMAT_VERSION,
             "relative_error": self.relative_error,
             "rounding_error": self.rounding_error,
+            "refitted": self.refitted,
             "metadata": dict(metadata),
         }
         tensors = {"kept": self.kept, "reader": self.reader.contiguous()}
+        tensors |= {f"{WRITER}{role}": rows.contiguous() for role, rows in self.writers.items()}
         if self.bias is not None:
             tensors["bias"] = self.bias
         with sealed(path) as file:
@@ -66,7 +73,9 @@ class Narrowing:
                 header = json.loads((file.metadata() or {})["trawl"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             errors = float(header["relative_error"]), float(header["rounding_error"])
-            found = cls(tensors["kept"], tensors["reader"], tensors.get("bias"), *errors)
+            writers = {name.removeprefix(WRITER): rows for name, rows in tensors.items() if name.startswith(WRITER)}
+            refitted = bool(header.get("refitted"))
+            found = cls(tensors["kept"], tensors["reader"], tensors.get("bias"), *errors, writers, refitted)
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise LoadError(f"{path} is not a readable file of kept units: {e}; delete it and narrow again") from e
         if header.get("format_version") != FORMAT_VERSION:

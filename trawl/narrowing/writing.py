@@ -1,4 +1,4 @@
-"""Tensors of a narrowed checkpoint: rows selected, and readers replaced."""
+"""Tensors of a narrowed checkpoint: rows selected, readers and refitted writers replaced."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class NarrowedTensors:
         target = original.index_select(0 if name != weight else stored_axis(part.view), stays)
         if name == weight:
             for cut, part, result in found:
-                if part.role in READ_INNER:
+                values = result.reader if part.role in READ_INNER else result.writers.get(part.role)
+                if values is not None:
                     rows = positions(part.view, shape)[cut.rows(part, result.kept)]
-                    target.movedim(stored_axis(part.view), 0)[torch.searchsorted(stays, rows)] = result.reader
+                    target.movedim(stored_axis(part.view), 0)[torch.searchsorted(stays, rows)] = values
         return target.contiguous()

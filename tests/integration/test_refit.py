@@ -1,0 +1,158 @@
+"""Refitted narrowings: the units that stay take over what was left out, in every family with a narrow form."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+import trawl_cli
+from safetensors.torch import load_file
+
+import trawl
+from tests.integration.test_anchored import with_tokenizer
+from tests.integration.test_calibrate import damage
+from tests.integration.test_compress import StopError, weights_hash
+from tests.integration.test_eval import sentence
+from tests.integration.test_zoo import logits
+from trawl.calibration import open_moments
+from trawl.checkpoint import open_folder
+from trawl.errors import PlanError
+from trawl.planning import match_checkpoint
+from trawl.refitting import fitting
+
+FAMILIES = ("gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bert")
+
+
+@pytest.fixture(scope="module")
+def model(zoo, tmp_path_factory):
+    """A tiny llama with its tokenizer, never to be written to."""
+    return with_tokenizer(zoo("llama"), tmp_path_factory.mktemp("refit") / "model")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "sea.txt"
+    path.write_text(sentence(3, 9000), encoding="utf-8")
+    return path
+
+
+def run(folder, text, out, recipe=None, **options):
+    values = {"method": "narrow", "width": 32} | (recipe or {})
+    return trawl.compress(folder, trawl.Recipe(**values), out, calibrate=text, calibration_tokens=8192, **options)
+
+
+def errors(report):
+    return [stack.relative_error for stack in report.stacks if stack.roles[-1] == "down"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_fc_comes_nearer_to_what_it_computed(zoo, text, tmp_path, family):
+    source = with_tokenizer(zoo(family), tmp_path / "model")
+    plain = run(source, text, tmp_path / "plain")
+    refitted = run(source, text, tmp_path / "refitted", {"refit": True})
+    assert all(new < 0.97 * old for new, old in zip(errors(refitted), errors(plain), strict=True))
+    assert torch.isfinite(logits(family, tmp_path / "refitted")).all()
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "refitted"))
+    assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
+
+
+@pytest.mark.parametrize("compute", ["float32", "bf16"])
+def test_the_model_as_a_whole_stays_nearer(model, text, tmp_path, compute):
+    run(model, text, tmp_path / "plain", {"compute": compute})
+    run(model, text, tmp_path / "refitted", {"compute": compute, "refit": True})
+    assert damage(tmp_path / "refitted", model, text) < 0.98 * damage(tmp_path / "plain", model, text)
+
+
+def test_the_error_is_that_of_what_was_written(model, text, tmp_path):
+    """The FC of layer 0 is run as stored, on what enters it in the original model."""
+    report = run(model, text, tmp_path / "out", {"refit": True, "layers": "0", "write": "factored"})
+    given = []
+    original, narrow = (trawl.load(folder) for folder in (model, tmp_path / "out"))
+    original.model.layers[0].mlp.register_forward_hook(lambda _, x, y: given.append((x[0], y)))
+    windows = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192).windows
+    with torch.no_grad():
+        original(windows)
+        missed = sum(float((y - narrow.model.layers[0].mlp(x)).square().sum()) for x, y in given)
+    energy = sum(float(y.square().sum()) for _, y in given)
+    assert errors(report) == [pytest.approx((missed / energy) ** 0.5, rel=1e-3)]
+
+
+def test_output_weighting_trades_one_output_for_another(model, text, tmp_path):
+    recipe = {"refit": True, "output_weighting": "kronecker"}
+    weighted = run(model, text, tmp_path / "weighted", recipe)
+    even = run(model, text, tmp_path / "even", {"refit": True})
+    assert errors(weighted) != errors(even)
+
+
+def test_what_does_not_help_on_the_rest_of_the_text_is_dropped(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "find_change", lambda tokens, slope, missing, reader, root: -10.0 * reader)
+    run(model, text, tmp_path / "refitted", {"refit": True})
+    run(model, text, tmp_path / "plain")
+    assert weights_hash(tmp_path / "refitted") == weights_hash(tmp_path / "plain")
+
+
+def test_units_that_depend_on_one_another_are_refused(model, text, tmp_path, monkeypatch):
+    original = fitting.InnerFunction.__call__
+    normed = lambda inner, pre: torch.nn.functional.normalize(original(inner, pre), dim=-1)  # noqa: E731 (a patch)
+    monkeypatch.setattr(fitting.InnerFunction, "__call__", normed)
+    with pytest.raises(PlanError, match="FC of layer 0 cannot be refitted: its units depend on one another; leave"):
+        run(model, text, tmp_path / "out", {"refit": True})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_refit_is_gone_on_with(model, text, tmp_path, monkeypatch):
+    run(model, text, tmp_path / "whole", {"refit": True})
+
+    def stop(stage, done, total):
+        if stage == "refitting" and done == 1:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(model, text, tmp_path / "out", {"refit": True}, observer=stop)
+    solved = []
+    original = fitting.Refit.solve
+    monkeypatch.setattr(fitting.Refit, "solve", lambda fc, found: solved.append(fc) or original(fc, found))
+    run(model, text, tmp_path / "out", {"refit": True}, resume=True)
+    assert [fc.inner.block.number for fc in solved] == [1, 2]
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
+
+
+def test_a_budget_refits_unless_told_otherwise(model, text, tmp_path):
+    for name, more in (("with", {}), ("without", {"refit": False})):
+        recipe = trawl.Recipe(keep=0.8, plain=True, **more)
+        trawl.compress(model, recipe, tmp_path / name, calibrate=text, calibration_tokens=8192)
+        assert json.loads((tmp_path / name / "trawl.json").read_text())["identity"]["recipe"]["refit"] == (not more)
+    assert damage(tmp_path / "with", model, text) < damage(tmp_path / "without", model, text)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"method": "svd", "rank": 4}, "refit is for units that narrow keeps, and the method is svd"),
+        ({"method": "narrow", "width": 32, "anchored": True}, "refit fits to what the original model computes, and an"),
+    ],
+)
+def test_a_recipe_that_a_refit_does_not_go_with_is_refused(recipe, message):
+    with pytest.raises(PlanError, match=message):
+        trawl.Recipe(**recipe, refit=True)
+
+
+def test_a_refit_without_a_text_is_refused(model):
+    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
+    for planned in (trawl.compress, trawl.plan):
+        with pytest.raises(PlanError, match="a refit needs what the model computes on a text"):
+            planned(model, recipe)
+
+
+def test_plan_says_what_a_refit_takes(model, text):
+    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
+    notes = trawl.plan(model, recipe, calibrate=text, calibration_tokens=8192).notes
+    assert any("what writes the units that stay is refitted on up to 8,192 tokens of sea.txt" in note for note in notes)
+
+
+def test_the_command_line(model, text, tmp_path, monkeypatch):
+    command = ["trawl", "compress", str(model), "--method", "narrow", "--width", "32", "--calibrate", str(text)]
+    monkeypatch.setattr("sys.argv", [*command, "--calibration-tokens", "2048", "--refit", "-o", str(tmp_path / "out")])
+    with contextlib.suppress(SystemExit):
+        trawl_cli.main()
+    assert "refitted on 2,048 tokens of that text" in (tmp_path / "out" / "README.md").read_text()
