@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +15,36 @@ from trawl.errors import CheckpointError
 from trawl.families import Placement
 from trawl.narrowing import Narrowing
 from trawl.narrowing.cuts import bias_of, positions
-from trawl.narrowing.selection import make_problem
+from trawl.narrowing.selection import Problem, make_problem
 from trawl.refitting.inner import InnerFunction
 from trawl.refitting.solving import Tokens, find_change
 
-JUDGED = 8  # every so manieth batch is not fitted to, but says whether what was fitted is better
+JUDGED = 16  # every so manieth batch is not fitted to, but says whether what was fitted is better
 SAMPLE = 64  # tokens on which units are shown to stand alone
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Over some tokens, float64: Σ a aᵀ, Σ a yᵀ, Σ a, Σ y and Σ ‖y‖² of units a and wanted outputs y."""
+
+    second: Tensor
+    cross: Tensor
+    units: Tensor
+    outputs: Tensor
+    energy: float
+    tokens: int
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def problem(self, reader: Tensor, *, centred: bool) -> Problem:
+        """Return the least-squares problem of the reader, whose ridge draws to another one."""
+        second, cross, energy = self.second / self.tokens, self.cross / self.tokens, self.energy / self.tokens
+        if not centred:
+            return make_problem(reader, second, cross, energy)
+        units, outputs = self.units / self.tokens, self.outputs / self.tokens
+        cross, energy = cross - torch.outer(units, outputs), energy - float(outputs.square().sum())
+        return make_problem(reader, second, cross, energy, units)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +53,13 @@ class Weights:
 
     Attributes:
         rows: of each writer, those of the units that stay, (k, hidden) float64 of values that the stored dtype has.
+        sums: of the units that they give, over the tokens that are fitted to.
         reader: D, (k, hidden), likewise.
         shift: what the reader's bias grows by, (hidden,) float64; zero where the FC has none.
     """
 
     rows: Mapping[Placement, Tensor]
+    sums: Sums
     reader: Tensor
     shift: Tensor
 
@@ -67,11 +94,10 @@ class Refit:
             x, units = (_flat(seen[names[part]]).to(self.dtype) for part in (self.inner.writers[0], reader))
             parts.append((x, units @ matrix))
             seen.clear()
-        chosen = [part for number, part in enumerate(parts) if number % JUDGED != JUDGED - 1]
-        others = [part for number, part in enumerate(parts) if number % JUDGED == JUDGED - 1]
-        self.fitted, self.judged = (
-            Tokens(*(torch.cat(each) for each in zip(*some, strict=True))) for some in (chosen, others or chosen)
-        )
+        judges = set(range(JUDGED - 1, len(parts), JUDGED)) or {len(parts) - 1}
+        fitted = [part for number, part in enumerate(parts) if number not in judges]
+        self.judged = _joined(part for number, part in enumerate(parts) if number in judges)
+        self.fitted = _joined(fitted) if fitted else self.judged
         if not all(bool(torch.isfinite(tokens.y).all()) for tokens in (self.fitted, self.judged)):
             raise CheckpointError(
                 f"layer {self.inner.block.number} gives NaN or Inf on the calibration text; check its weights"
@@ -81,20 +107,16 @@ class Refit:
     def solve(self, found: Narrowing) -> Narrowing:
         """Return a narrowing whose writers and reader give this FC's outputs better, or as it is where none does."""
         kept = found.kept
-        old = self._bias(self.inner.reader)
-        zero = torch.zeros(self.fitted.y.shape[1], dtype=torch.float64)
-        shift = zero if found.bias is None or old is None else found.bias.double() - old.double()
-        rows = {part: self._stored(part)[kept].double() for part in self.inner.writers}
-        sample = self._pre({part: self._stored(part).double() for part in rows}, self.fitted.x[:SAMPLE], None)
-        self.inner.check(sample, kept)
-        best = Weights(rows, found.reader.double(), shift)
-        lowest = self.error(best, self.judged, kept)
+        stored = {part: self._stored(part).double() for part in self.inner.writers}
+        self.inner.check(self._pre(stored, self.fitted.x[:SAMPLE], None), kept)
+        start = self._with_reader({part: rows[kept] for part, rows in stored.items()}, found.reader.double(), kept)
+        best, lowest = start, self.error(start, self.judged, kept)
         for part in self.inner.writers:
             tried = self._improved(best, part, kept)
             error = self.error(tried, self.judged, kept)
             if error < lowest:
                 best, lowest = tried, error
-        return self._narrowing(found, best)
+        return replace(found, refitted=True) if best is start else self._narrowing(found, best)
 
     def _improved(self, weights: Weights, part: Placement, kept: Tensor) -> Weights:
         """Return weights with one writer's rows changed, and a reader that goes with them."""
@@ -110,24 +132,30 @@ class Refit:
 
     def _with_reader(self, rows: Mapping[Placement, Tensor], reader: Tensor, kept: Tensor) -> Weights:
         """Return weights of some rows with the reader that gives the outputs best, by a ridge towards another."""
-        tokens, k = self.fitted, len(kept)
-        second, cross = reader.new_zeros(k, k), torch.zeros_like(reader)
-        total = reader.new_zeros(k)
+        sums = self._sums(rows, self.fitted, kept)
+        return Weights(rows, sums, *self._solved(sums, reader))
+
+    def _solved(self, sums: Sums, reader: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reader that gives the outputs best, and what its bias grows by."""
+        centred = self._bias(self.inner.reader) is not None
+        best = sums.problem(reader, centred=centred).solve(torch.arange(len(reader)))
+        solved = self._rounded(best, self.inner.reader)
+        shift = (sums.outputs - solved.T @ sums.units) / sums.tokens
+        return solved, shift if centred else torch.zeros_like(shift)
+
+    def _sums(self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor) -> Sums:
+        """Return the sums of the units that some rows give."""
+        k, hidden = len(kept), tokens.y.shape[1]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=tokens.x.device)
+        second, cross, units, outputs = zeros(k, k), zeros(k, hidden), zeros(k), zeros(hidden)
         for at in tokens.chunks():
-            units = self.inner(self._pre(rows, tokens.x[at], kept))
-            second += (units.T @ units).double() / len(tokens)
-            cross += (units.T @ tokens.y[at]).double() / len(tokens)
-            total += units.double().sum(0)
-        mean, energy = total / len(tokens), tokens.energy
-        wanted = tokens.y.double().mean(0)
-        if self._bias(self.inner.reader) is None:
-            problem = make_problem(reader, second, cross, energy)
-        else:
-            cross = cross - torch.outer(mean, wanted)
-            problem = make_problem(reader, second, cross, energy - float(wanted.square().sum()), mean)
-        solved = self._rounded(problem.solve(torch.arange(k)), self.inner.reader)
-        shift = torch.zeros_like(wanted) if self._bias(self.inner.reader) is None else wanted - solved.T @ mean
-        return Weights(rows, solved, shift)
+            some = self.inner(self._pre(rows, tokens.x[at], kept)).float()  # sums of less would be too rough to invert
+            wanted = tokens.y[at].float()
+            second += (some.T @ some).double()
+            cross += (some.T @ wanted).double()
+            units += some.double().sum(0)
+            outputs += wanted.double().sum(0)
+        return Sums(second, cross, units, outputs, tokens.energy * len(tokens), len(tokens))
 
     def error(self, weights: Weights, tokens: Tokens, kept: Tensor) -> float:
         """Return E‖y − ŷ‖² / E‖y‖²."""
@@ -139,23 +167,21 @@ class Refit:
         return missed / len(tokens) / tokens.energy if tokens.energy else 0.0
 
     def _narrowing(self, found: Narrowing, weights: Weights) -> Narrowing:
-        """Return what is stored of some weights; nothing changes where no writer did."""
-        stored = {part: self._stored(part)[found.kept].double() for part in weights.rows}
-        writers = {part.role: rows for part, rows in weights.rows.items() if not torch.equal(rows, stored[part])}
-        if not writers:
-            return replace(found, refitted=True)
-        dtypes = {part.role: self._stored(part).dtype for part in self.inner.parts}
+        """Return what is stored of some weights, with a reader of all tokens."""
+        sums = weights.sums
+        if self.judged is not self.fitted:
+            sums = sums + self._sums(weights.rows, self.judged, found.kept)
+        reader, shift = self._solved(sums, weights.reader)
+        centred = self._bias(self.inner.reader) is not None
+        problem = sums.problem(reader, centred=centred)
+        dtypes = {part: self._stored(part).dtype for part in self.inner.parts}
         bias = self._bias(self.inner.reader)
-        whole = len(self.fitted) + len(self.judged)
-        error = sum(
-            self.error(weights, tokens, found.kept) * len(tokens) / whole for tokens in (self.fitted, self.judged)
-        )
         return replace(
             found,
-            reader=weights.reader.to(dtypes[self.inner.reader.role]),
-            bias=None if bias is None else (bias.double() + weights.shift).to(bias.dtype),
-            relative_error=error**0.5,
-            writers={role: rows.to(dtypes[role]) for role, rows in writers.items()},
+            reader=reader.to(dtypes[self.inner.reader]),
+            bias=None if bias is None else (bias.double() + shift).to(bias.dtype),
+            relative_error=problem.error(torch.arange(len(reader)), reader),
+            writers={part.role: rows.to(dtypes[part]) for part, rows in weights.rows.items()},
             refitted=True,
         )
 
@@ -193,6 +219,12 @@ class Refit:
                 "keep more units, or leave --refit out"
             )
         return rounded.double()
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> Tokens:
+    """Return the tokens of several batches as one."""
+    x, y = zip(*parts, strict=True)
+    return Tokens(torch.cat(x), torch.cat(y))
 
 
 def _flat(rows: Tensor) -> Tensor:
