@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -85,7 +85,7 @@ class Refit:
     def read(self, batches: Sequence[Batch]) -> list[Batch]:
         """Run batches through the block, keep what the FC reads and gives, and return what leaves the block."""
         names, reader = self.inner.names, self.inner.reader
-        matrix = self._stored(reader).to(self.dtype)
+        matrix = self._stored(reader).to(batches[0].hidden.device, self.dtype)
         seen: dict[str, Tensor] = {}
         parts: list[tuple[Tensor, Tensor]] = []
         left: list[Batch] = []
@@ -104,26 +104,29 @@ class Refit:
             )
         return left
 
+    @torch.no_grad()
     def solve(self, found: Narrowing) -> Narrowing:
         """Return a narrowing whose writers and reader give this FC's outputs better, or as it is where none does."""
-        kept = found.kept
-        stored = {part: self._stored(part).double() for part in self.inner.writers}
-        self.inner.check(self._pre(stored, self.fitted.x[:SAMPLE], None), kept)
-        start = self._with_reader({part: rows[kept] for part, rows in stored.items()}, found.reader.double(), kept)
+        device = self.fitted.x.device
+        kept, reader = found.kept.to(device), found.reader.to(device, torch.float64)
+        stored = {part: self._stored(part).to(device, torch.float64) for part in self.inner.writers}
+        sample = Tokens(self.fitted.x[:SAMPLE], self.fitted.y[:SAMPLE])
+        for _, pre in self._pre(stored, sample, None):
+            self.inner.check(pre, kept)
+        start = self._with_reader({part: rows[kept] for part, rows in stored.items()}, reader, kept)
         best, lowest = start, self.error(start, self.judged, kept)
         for part in self.inner.writers:
             tried = self._improved(best, part, kept)
             error = self.error(tried, self.judged, kept)
             if error < lowest:
                 best, lowest = tried, error
-        return replace(found, refitted=True) if best is start else self._narrowing(found, best)
+        return replace(found, refitted=True) if best is start else self._narrowing(found, best, kept)
 
     def _improved(self, weights: Weights, part: Placement, kept: Tensor) -> Weights:
         """Return weights with one writer's rows changed, and a reader that goes with them."""
         tokens, low = self.fitted, weights.reader.to(self.dtype)
         slope, missing = tokens.x.new_empty(len(tokens), len(kept)), torch.empty_like(tokens.y)
-        for at in tokens.chunks():
-            pre = self._pre(weights.rows, tokens.x[at], kept)
+        for at, pre in self._pre(weights.rows, tokens, kept):
             slope[at] = self.inner.slope(pre, part)
             missing[at] = tokens.y[at] - self.inner(pre) @ low - weights.shift.to(self.dtype)
         change = find_change(tokens, slope, missing, weights.reader, self.root)
@@ -138,7 +141,7 @@ class Refit:
     def _solved(self, sums: Sums, reader: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reader that gives the outputs best, and what its bias grows by."""
         centred = self._bias(self.inner.reader) is not None
-        best = sums.problem(reader, centred=centred).solve(torch.arange(len(reader)))
+        best = sums.problem(reader, centred=centred).solve(torch.arange(len(reader), device=reader.device))
         solved = self._rounded(best, self.inner.reader)
         shift = (sums.outputs - solved.T @ sums.units) / sums.tokens
         return solved, shift if centred else torch.zeros_like(shift)
@@ -148,8 +151,8 @@ class Refit:
         k, hidden = len(kept), tokens.y.shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=tokens.x.device)
         second, cross, units, outputs = zeros(k, k), zeros(k, hidden), zeros(k), zeros(hidden)
-        for at in tokens.chunks():
-            some = self.inner(self._pre(rows, tokens.x[at], kept)).float()  # sums of less would be too rough to invert
+        for at, pre in self._pre(rows, tokens, kept):
+            some = self.inner(pre).float()  # sums of less would be too rough to invert
             wanted = tokens.y[at].float()
             second += (some.T @ some).double()
             cross += (some.T @ wanted).double()
@@ -161,16 +164,16 @@ class Refit:
         """Return E‖y − ŷ‖² / E‖y‖²."""
         low, shift = weights.reader.to(self.dtype), weights.shift.to(self.dtype)
         missed = 0.0
-        for at in tokens.chunks():
-            given = self.inner(self._pre(weights.rows, tokens.x[at], kept)) @ low + shift
+        for at, pre in self._pre(weights.rows, tokens, kept):
+            given = self.inner(pre) @ low + shift
             missed += float((tokens.y[at] - given).double().square().sum())
         return missed / len(tokens) / tokens.energy if tokens.energy else 0.0
 
-    def _narrowing(self, found: Narrowing, weights: Weights) -> Narrowing:
+    def _narrowing(self, found: Narrowing, weights: Weights, kept: Tensor) -> Narrowing:
         """Return what is stored of some weights, with a reader of all tokens."""
         sums = weights.sums
         if self.judged is not self.fitted:
-            sums = sums + self._sums(weights.rows, self.judged, found.kept)
+            sums = sums + self._sums(weights.rows, self.judged, kept)
         reader, shift = self._solved(sums, weights.reader)
         centred = self._bias(self.inner.reader) is not None
         problem = sums.problem(reader, centred=centred)
@@ -178,21 +181,24 @@ class Refit:
         bias = self._bias(self.inner.reader)
         return replace(
             found,
-            reader=reader.to(dtypes[self.inner.reader]),
-            bias=None if bias is None else (bias.double() + shift).to(bias.dtype),
-            relative_error=problem.error(torch.arange(len(reader)), reader),
-            writers={part.role: rows.to(dtypes[part]) for part, rows in weights.rows.items()},
+            reader=reader.to("cpu", dtypes[self.inner.reader]),
+            bias=None if bias is None else (bias.double() + shift.cpu()).to(bias.dtype),
+            relative_error=problem.error(torch.arange(len(reader), device=reader.device), reader),
+            writers={part.role: rows.to("cpu", dtypes[part]) for part, rows in weights.rows.items()},
             refitted=True,
         )
 
-    def _pre(self, rows: Mapping[Placement, Tensor], x: Tensor, kept: Tensor | None) -> dict[Placement, Tensor]:
-        """Return the pre-activations of each writer, (tokens, k): of all units, or of those that are kept."""
-        found = {}
-        for part, values in rows.items():
-            bias = self._bias(part)
-            pre = x @ values.T.to(x.dtype)
-            found[part] = pre if bias is None else pre + (bias if kept is None else bias[kept]).to(x.dtype)
-        return found
+    def _pre(
+        self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor | None
+    ) -> Iterator[tuple[slice, dict[Placement, Tensor]]]:
+        """Yield chunks of tokens with each writer's pre-activations, (chunk, k), of all units or of those kept."""
+        low = {part: values.T.to(self.dtype) for part, values in rows.items()}
+        every = slice(None) if kept is None else kept
+        biases = {part: bias for part in rows if (bias := self._bias(part)) is not None}
+        added = {part: bias.to(tokens.x)[every] for part, bias in biases.items()}
+        for at in tokens.chunks():
+            pre = {part: tokens.x[at] @ low[part] for part in rows}
+            yield at, {part: values + added[part] if part in added else values for part, values in pre.items()}
 
     def _stored(self, part: Placement) -> Tensor:
         """Return a slice as it is stored, canonical (inner, hidden)."""

@@ -28,8 +28,8 @@ def seal_refitted(
     """Refit what writes and what reads the units that stay, and seal the narrowings anew.
 
     Per FC, up and then gate change by what gives the original FC's outputs best, see
-    :mod:`trawl.refitting.solving`, and the reader is solved anew after each. An eighth of the text judges: a change
-    that does not help there is dropped.
+    :mod:`trawl.refitting.solving`, and the reader is solved anew after each. A sixteenth of the text judges: a
+    change that does not help there is dropped.
 
     Args:
         planned: with narrowed FCs.
@@ -39,8 +39,8 @@ def seal_refitted(
     Returns: seconds by stack, without the passes of the model.
     Raises: PlanError: an FC's units depend on one another, or the model cannot be run block by block.
         CheckpointError: NaN or Inf comes up, or what was fitted does not fit the stored dtype.
-    Cost: a forward pass, and some thirty products per FC of its size over all tokens. Memory: the hidden states of all
-        windows, and one FC's inputs, outputs and twice the units that stay, in what products are formed in.
+    Cost: a forward pass, and some sixty products of all tokens with a matrix of each FC's size. Memory: the hidden
+        states of all windows, and of one FC the inputs, the outputs twice and the units that stay.
     """
     assert planned.narrowed is not None
     cuts = {
@@ -81,4 +81,4 @@ def _open(planned: Plan, chain: BlockChain, block: Block, cut: Cut, calibration:
     inner = InnerFunction(block, parts, {part: names[part.tensor][0] for part in parts}, shapes)
     outputs = planned.moments.outputs.matrix(cut.reader) if planned.moments and planned.moments.outputs else None
     dtype = torch.bfloat16 if calibration.compute == "bf16" else torch.float32
-    return Refit(checkpoint, inner, dtype, None if outputs is None else root_of(outputs))
+    return Refit(checkpoint, inner, dtype, None if outputs is None else root_of(outputs.to(chain.device)))

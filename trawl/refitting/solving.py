@@ -25,6 +25,7 @@ RIDGE = 0.03  # λ
 STEPS = 4  # of conjugate gradients: more of them follow the calibration text, and no other
 CHUNK = 1 << 12  # tokens whose units are formed at once: few enough to stay in the cache
 FLOOR = 1e-3  # of the mean eigenvalue of G
+DEAD = 1e-6  # of the mean K_jj, for units that never change
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +82,12 @@ def find_change(tokens: Tokens, slope: Tensor, missing: Tensor, reader: Tensor, 
     overlap = weighted @ weighted.T * _mean_product(slope, slope, tokens)  # K
     second = _mean_product(x, x, tokens)
     scale = float(second.diagonal().mean())
-    across = torch.linalg.inv(overlap + RIDGE * overlap.diagonal().diag())
+    own = RIDGE * overlap.diagonal().clamp_min(DEAD * float(overlap.diagonal().mean()))
+    if not scale * float(own.min()) > 0:
+        return torch.zeros_like(reader)  # nothing goes in, or nothing comes out
+    across = torch.linalg.inv(overlap + own.diag())
     along = torch.linalg.inv(second + RIDGE * scale * torch.eye(len(second), dtype=second.dtype, device=second.device))
-    ridge = RIDGE * scale * overlap.diagonal()[:, None]
+    ridge = scale * own[:, None]
 
     def gather(outputs: Tensor, at: slice) -> Tensor:  # Σ (h ∘ D outputs) xᵀ of a chunk
         return ((slope[at] * (outputs @ down.T)).T @ x[at]).double() / count
