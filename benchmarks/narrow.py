@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, action="append", required=True, help="scored by perplexity")
     parser.add_argument("--width", type=float, default=0.75)
     parser.add_argument("--output-weighting", default="none", help="of the choice of units; the baseline has none")
+    parser.add_argument("--refit", action="store_true", help="what writes the units too, on the --calibrate text")
+    parser.add_argument("--compute", default="float32", help="of the calibration and the refit: float32 or bf16")
     parser.add_argument("--windows", type=int, default=12, help="of 1024 tokens, to score")
     parser.add_argument("--dtype", default="bfloat16", help="to score in; speeds are in float32")
     parser.add_argument("--repeats", type=int, default=9)
@@ -187,13 +189,14 @@ def main() -> None:
         checkpoint = open_checkpoint(str(options.model))
         match = trawl.planning.match_checkpoint(checkpoint)
         folder = options.moments or Path(scratch) / "moments"
-        recipe = trawl.Recipe(method="narrow", width=options.width, output_weighting=options.output_weighting)
-        kind = recipe.output_weighting
-        source = open_moments(checkpoint, match, options.calibrate, folder=options.moments, output_weighting=kind)
+        how = {"output_weighting": options.output_weighting, "compute": options.compute}
+        recipe = trawl.Recipe(method="narrow", width=options.width, refit=options.refit, **how)
+        source = open_moments(checkpoint, match, options.calibrate, folder=options.moments, **how)
         moments = make_moments(source, folder)
         assert moments is not None, "give --calibrate TEXT or --moments FOLDER"
-        trawl.compress(options.model, recipe, Path(scratch) / "narrow", moments=folder)
-        planned = trawl.plan(options.model, recipe, moments=folder)
+        text = options.calibrate if options.refit else None
+        trawl.compress(options.model, recipe, Path(scratch) / "narrow", calibrate=text, moments=folder)
+        planned = trawl.plan(options.model, recipe, calibrate=text, moments=folder)
         console.print(quality(options, Path(scratch) / "narrow", replace(moments, outputs=None), planned))
         console.print(speed_table(options.model, Path(scratch) / "narrow", options.repeats))
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
