@@ -66,13 +66,18 @@ def weigh_outputs(problem: Problem, outputs: Tensor) -> Problem:
         outputs: G, (hidden, hidden) and positive semi-definite, or its diagonal (hidden,). Directions that count less
             than a thousandth of the mean count so much.
     """
+    turned = root_of(outputs)
+    return replace(problem, cross=problem.cross @ turned, stored=problem.stored @ turned)
+
+
+def root_of(outputs: Tensor) -> Tensor:
+    """Return R with R Rᵀ = G, (hidden, hidden) float64, from what misses of outputs count by, G or its diagonal."""
     weight = outputs.double()
     if weight.dim() == 1:
-        root = weight.clamp_min(FLOOR * float(weight.mean()))[None].sqrt()
-        return replace(problem, cross=problem.cross * root, stored=problem.stored * root)
+        return weight.clamp_min(FLOOR * float(weight.mean())).sqrt().diag()
     values, vectors = torch.linalg.eigh((weight + weight.T) / 2)
-    turned = vectors * values.clamp_min(FLOOR * float(values.mean())).sqrt()
-    return replace(problem, cross=problem.cross @ turned, stored=problem.stored @ turned)
+    turned: Tensor = vectors * values.clamp_min(FLOOR * float(values.mean())).sqrt()
+    return turned
 
 
 def make_problem(

@@ -15,11 +15,11 @@ from trawl.calibration.streaming import Block, BlockChain
 from trawl.families import FC
 from trawl.models import fast_products
 from trawl.narrowing import Cut, Narrowing
+from trawl.narrowing.selection import root_of
 from trawl.observers import Observer, silent
 from trawl.planning import Plan
 from trawl.refitting.fitting import Refit
 from trawl.refitting.inner import InnerFunction
-from trawl.refitting.solving import root_of
 
 
 def seal_refitted(

@@ -24,7 +24,6 @@ from torch import Tensor
 RIDGE = 0.03  # λ
 STEPS = 4  # of conjugate gradients: more of them follow the calibration text, and no other
 CHUNK = 1 << 12  # tokens whose units are formed at once: few enough to stay in the cache
-FLOOR = 1e-3  # of the mean eigenvalue of G
 DEAD = 1e-6  # of the mean K_jj, for units that never change
 
 
@@ -51,16 +50,6 @@ class Tokens:
     def chunks(self) -> Iterator[slice]:
         """Yield slices of tokens."""
         return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
-
-
-def root_of(weight: Tensor) -> Tensor:
-    """Return R with R Rᵀ = G, a mean of one on its diagonal, from G (hidden, hidden) or its diagonal (hidden,)."""
-    weight = weight.double() / float((weight if weight.dim() == 1 else weight.diagonal()).double().mean())
-    if weight.dim() == 1:
-        return weight.clamp_min(FLOOR).sqrt().diag()
-    values, vectors = torch.linalg.eigh((weight + weight.T) / 2)
-    turned: Tensor = vectors * values.clamp_min(FLOOR * float(values.mean())).sqrt()
-    return turned
 
 
 def find_change(tokens: Tokens, slope: Tensor, missing: Tensor, reader: Tensor, root: Tensor | None) -> Tensor:
