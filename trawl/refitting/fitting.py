@@ -19,7 +19,7 @@ from trawl.narrowing.selection import Problem, make_problem
 from trawl.refitting.inner import InnerFunction
 from trawl.refitting.solving import Tokens, find_change
 
-JUDGED = 16  # every so manieth batch is not fitted to, but says whether what was fitted is better
+JUDGED = 16  # one batch in so many is not fitted to, but says whether what was fitted is better
 SAMPLE = 64  # tokens on which units are shown to stand alone
 
 
@@ -53,8 +53,8 @@ class Weights:
 
     Attributes:
         rows: of each writer, those of the units that stay, (k, hidden) float64 of values that the stored dtype has.
-        sums: of the units that they give, over the tokens that are fitted to.
-        reader: D, (k, hidden), likewise.
+        sums: of the units that these rows give, over the tokens that are fitted to.
+        reader: D, (k, hidden) float64, likewise.
         shift: what the reader's bias grows by, (hidden,) float64; zero where the FC has none.
     """
 
