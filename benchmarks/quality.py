@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -184,6 +185,12 @@ def narrow_recipe(checkpoint: Checkpoint, keep: float) -> trawl.Recipe:
     return trawl.Recipe(method="narrow", width=int(units * (keep * total - (total - of_fc)) / of_fc))
 
 
+def stored_size(folder: Path) -> tuple[int, int]:
+    """Return entries and bytes of all tensors in a folder's shards."""
+    tensors = [tensor for shard in folder.glob("*.safetensors") for tensor in load_file(shard).values()]
+    return sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+
+
 def asvd_weights(moments: Moments) -> Weigh:
     """Return ASVD's scaling: each input by the root of its root mean square."""
 
@@ -231,13 +238,13 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
         options = bench.options
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
-            recipe = trawl.Recipe(keep=keep, plain=plain, refit=options.refit)
+            recipe = trawl.Recipe(keep=keep, plain=plain, refit=plain and options.refit)
             trawl.compress(
                 options.model, recipe, out, calibrate=options.calibrate, moments=work, device=str(bench.device)
             )
-            written = open_checkpoint(out)
+            parameters, nbytes = stored_size(out)
             model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(bench.device).eval()
-            return model, written.parameters, written.nbytes
+            return model, parameters, nbytes
 
     return {
         "whitened SVD": svd("none", 1, whitened),
@@ -339,7 +346,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window of a text")
     parser.add_argument("--limit", type=int, default=500, help="records of each task")
     parser.add_argument("--no-accuracy", dest="accuracy", action="store_false", help="perplexities only")
-    parser.add_argument("--no-refit", dest="refit", action="store_false", help="of trawl's rows")
+    parser.add_argument("--no-refit", dest="refit", action="store_false", help="of trawl --plain")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="to score in")
     parser.add_argument("--batch-tokens", type=int, default=4096)

@@ -54,7 +54,7 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--refit/--no-refit",
         default=None,
-        help="Let the units that narrow keeps take over what was left out, on the --calibrate text.  [budgets: yes]",
+        help="Let the units that narrow keeps take over what was left out, on --calibrate's text.  [with --plain: yes]",
     ),
     click.option(
         "--output-weighting",

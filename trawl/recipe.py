@@ -58,8 +58,8 @@ class Recipe(BaseModel):
         anchored: whether a calibrated run goes block by block, each stack fitted to what the original model computes
             from the inputs that the compressed model gives it; stacks lie within one layer then.
         refit: whether what writes the units that ``narrow`` keeps of an FC takes over what was left out, on the
-            calibration text; without it they stay as they are, and only what reads them is refitted. A budget with a
-            text does it.
+            calibration text; without it they stay as they are, and only what reads them is refitted. A plain
+            budget with a text does it.
         output_weighting: how a calibrated run weighs what a matrix gives, beside what it reads: not at all, or by the
             loss's gradients, row by row (``"fisher"``) or by their second moment (``"kronecker"``).
         write: ``"dense"`` (same tensors and shapes) or ``"factored"`` (factors in place of matrices).
@@ -117,7 +117,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_budget(cls, values: Any) -> Any:
-        """Make a budget a mixed recipe, factored unless it is plain, and weighed by gradients."""
+        """Make a budget a mixed recipe, weighed by gradients: factored, or plain and refitted."""
         if not isinstance(values, dict) or values.get("keep", values.get("size")) is None:
             return values
         if values.get("method", "mixed") != "mixed":
@@ -130,7 +130,7 @@ class Recipe(BaseModel):
             "write": "dense" if values.get("plain") else "factored",
             "output_weighting": "kronecker",
             "compute": "bf16",
-            "refit": True,
+            "refit": bool(values.get("plain")),
             **values,
         }
 

@@ -117,7 +117,13 @@ def test_an_interrupted_refit_is_gone_on_with(model, text, tmp_path, monkeypatch
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
 
 
-def test_a_budget_refits_unless_told_otherwise(model, text, tmp_path):
+def test_only_a_plain_budget_refits_by_itself():
+    assert trawl.Recipe(keep=0.8, plain=True).refit
+    assert not trawl.Recipe(keep=0.8).refit
+    assert trawl.Recipe(keep=0.8, refit=True).refit
+
+
+def test_a_plain_budget_refits_unless_told_otherwise(model, text, tmp_path):
     for name, more in (("with", {}), ("without", {"refit": False})):
         recipe = trawl.Recipe(keep=0.8, plain=True, **more)
         trawl.compress(model, recipe, tmp_path / name, calibrate=text, calibration_tokens=8192)
