@@ -42,7 +42,7 @@ from trawl.checkpoint import Checkpoint
 from trawl.decompose.weights import Weights
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
-from trawl.narrowing import narrow_stack, padded_reader
+from trawl.narrowing import narrow_stack, padded_tensors
 from trawl.planning import Plan, make_plan, match_checkpoint
 from trawl.stacking import Stack, StoredSlices
 from trawl.writing import DenseWriter, SquaredErrors
@@ -86,7 +86,7 @@ class Bench:
             assert moment is not None
             outputs = self.moments.outputs.matrix(cut.reader) if planned.recipe.output_weighting != "none" else None  # type: ignore[union-attr]
             found = narrow_stack(self.checkpoint, cut, moment, self.device, outputs=outputs)
-            changed |= padded_reader(self.checkpoint, cut, found)
+            changed |= padded_tensors(self.checkpoint, cut, found)
         factors: dict[str, Factors] = {}
         for item in planned.factored:
             source = StoredSlices(self.checkpoint, item.stack, 1.0, self.device)

@@ -138,10 +138,10 @@ def _refit_note(narrowed: Narrowed, text: Calibration) -> str:
     itemsize = 2 if text.compute == "bf16" else 4
     widest = max(cut.reader.shape[0] * cut.keep // cut.units for cut in narrowed.cuts)
     hidden = narrowed.cuts[0].reader.shape[1]
-    needed = text.tokens * (itemsize * (widest + 5 * hidden) + 2 * 4 * hidden)
+    needed = text.tokens * (itemsize * (widest + 5 * hidden) + 4 * 4 * hidden)
     return (
-        f"block by block, what writes the units that stay is refitted on up to {text.tokens:,} tokens of "
-        f"{text.text.name}: about {needed / 1e9:.1f} GB of memory"
+        f"block by block, both models run on up to {text.tokens:,} tokens of {text.text.name}, and FCs are refitted to "
+        f"what the original computes: about {needed / 1e9:.1f} GB of memory"
     )
 
 
@@ -484,7 +484,9 @@ def decompose_stacks(
         from trawl.anchoring import seal_anchored  # noqa: PLC0415 (transformers' model code: a second)
 
         return seal_anchored(planned, planned.anchor, paths, absmax, observer)
-    missing = {item: paths[item.stack.name] for item in planned.stacks if not paths[item.stack.name].exists()}
+    later = {cut.stack.name for cut in planned.refitted}
+    wanted = (item for item in planned.stacks if item.stack.name not in later)
+    missing = {item: paths[item.stack.name] for item in wanted if not paths[item.stack.name].exists()}
     if spread:
         seconds |= spread.seal({item.stack.name: path for item, path in missing.items()}, absmax, observer)
     elif library:
@@ -501,9 +503,8 @@ def decompose_stacks(
                 max_memory=max_memory,
                 observer=observer,
             )
-    if planned.refit and planned.narrowed:
+    if planned.refit and planned.refitted:
         from trawl.refitting import seal_refitted  # noqa: PLC0415 (transformers' model code: a second)
 
-        for name, spent in seal_refitted(planned, planned.refit, paths, observer).items():
-            seconds[name] += spent
+        seconds |= seal_refitted(planned, planned.refit, paths, observer)
     return seconds

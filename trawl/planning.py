@@ -17,9 +17,9 @@ from trawl.checkpoint import BITS, Checkpoint
 from trawl.decompose import Method
 from trawl.descriptor import DescribedStack, Descriptor, describe, describe_stack
 from trawl.errors import PlanError, RankError
-from trawl.families import KIND_OF, FamilyMatch, Placement, match_family
+from trawl.families import FC, KIND_OF, FamilyMatch, Placement, match_family
 from trawl.layout import ShardLayout, make_layout
-from trawl.narrowing import Narrowed, fc_widths, narrow
+from trawl.narrowing import Cut, Narrowed, fc_widths, narrow
 from trawl.recipe import Recipe
 from trawl.stacking import Stack, format_layers, make_stacks
 
@@ -82,6 +82,12 @@ class Plan:
     def factored(self) -> tuple[PlannedStack, ...]:
         """Stacks that are decomposed; the others are narrowed."""
         return tuple(item for item in self.stacks if item.method)
+
+    @property
+    def refitted(self) -> tuple[Cut, ...]:
+        """Narrowed FCs that are refitted."""
+        cuts = self.narrowed.cuts if self.narrowed and self.refit else ()
+        return tuple(cut for cut in cuts if cut.reader.role in FC and cut.keep < cut.units)
 
     @cached_property
     def layouts(self) -> tuple[ShardLayout, ...]:

@@ -235,7 +235,7 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
         settings += f" {_anchored(planned.anchor)}"
     if planned.refit:
         tokens = planned.refit.windows.numel()
-        settings += f" What writes the units of FCs was refitted on {tokens:,} tokens of that text."
+        settings += f" FCs were refitted on {tokens:,} tokens of that text."
     meaning, after = (NARROW_MEANING, "kept") if planned.narrowed else (MEANING, "in factors")
     lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks, after), "", meaning]
     if report.weak_stacks:

@@ -46,11 +46,12 @@ def errors(report):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_fc_comes_nearer_to_what_it_computed(zoo, text, tmp_path, family):
+def test_the_first_fc_comes_nearer_to_what_it_computed(zoo, text, tmp_path, family):
+    """Later ones are fitted on other inputs, so that their errors do not compare."""
     source = with_tokenizer(zoo(family), tmp_path / "model")
     plain = run(source, text, tmp_path / "plain")
     refitted = run(source, text, tmp_path / "refitted", {"refit": True})
-    assert all(new < 0.97 * old for new, old in zip(errors(refitted), errors(plain), strict=True))
+    assert errors(refitted)[0] < 0.97 * errors(plain)[0]
     assert torch.isfinite(logits(family, tmp_path / "refitted")).all()
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "refitted"))
     assert {name: value.shape for name, value in before.items()} == {name: value.shape for name, value in after.items()}
@@ -64,17 +65,40 @@ def test_the_model_as_a_whole_stays_nearer(model, text, tmp_path, compute):
 
 
 def test_the_error_is_that_of_what_was_written(model, text, tmp_path):
-    """The FC of layer 0 is run as stored, on what enters it in the original model."""
+    """The FC of layer 0 is run as stored, on what enters it in the original model; a token counts by its stream."""
     report = run(model, text, tmp_path / "out", {"refit": True, "layers": "0", "write": "factored"})
-    given = []
+    given, streams = [], []
     original, narrow = (trawl.load(folder) for folder in (model, tmp_path / "out"))
     original.model.layers[0].mlp.register_forward_hook(lambda _, x, y: given.append((x[0], y)))
+    original.model.layers[0].register_forward_hook(lambda _, x, y: streams.append(y))
     windows = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192).windows
     with torch.no_grad():
         original(windows)
-        missed = sum(float((y - narrow.model.layers[0].mlp(x)).square().sum()) for x, y in given)
-    energy = sum(float(y.square().sum()) for _, y in given)
-    assert errors(report) == [pytest.approx((missed / energy) ** 0.5, rel=1e-3)]
+        (x, y), stream = given[0], streams[0]
+        weight = 1 / (stream.square().mean(-1, keepdim=True) + 1e-6)
+        missed = float((weight * (y - narrow.model.layers[0].mlp(x)).square()).sum())
+    assert errors(report) == [pytest.approx((missed / float((weight * y.square()).sum())) ** 0.5, rel=1e-3)]
+
+
+def test_a_later_fc_repairs_half_of_what_the_stream_misses(model, text, tmp_path, monkeypatch):
+    """With more of it, or none, the whole model is further from the original."""
+    found = {}
+    for share in (0.0, 0.5):
+        monkeypatch.setattr(fitting, "REPAIRED", share)
+        run(model, text, tmp_path / str(share), {"refit": True})
+        found[share] = damage(tmp_path / str(share), model, text)
+    assert found[0.5] < 0.98 * found[0.0]
+
+
+def test_other_stacks_of_the_plan_are_part_of_what_feeds_an_fc(model, text, tmp_path):
+    """With q cut to nothing, the FC behind it is fitted to other inputs than with q whole."""
+    narrow, q = {"method": "narrow", "width": 32, "layers": "1"}, {"method": "svd", "rank": 1, "roles": "q"}
+    written = []
+    for name, parts in (("alone", [narrow]), ("together", [narrow, q])):
+        recipe = {"method": "mixed", "parts": parts, "refit": True, "write": "factored"}
+        trawl.compress(model, trawl.Recipe(**recipe), tmp_path / name, calibrate=text, calibration_tokens=8192)
+        written.append(load_file(tmp_path / name / "model.safetensors")["model.layers.1.mlp.down_proj.weight"])
+    assert not torch.equal(*written)
 
 
 def test_output_weighting_trades_one_output_for_another(model, text, tmp_path):
@@ -87,8 +111,12 @@ def test_output_weighting_trades_one_output_for_another(model, text, tmp_path):
 def test_what_does_not_help_on_the_rest_of_the_text_is_dropped(model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "find_change", lambda tokens, slope, missing, reader, root: -10.0 * reader)
     run(model, text, tmp_path / "refitted", {"refit": True})
-    run(model, text, tmp_path / "plain")
-    assert weights_hash(tmp_path / "refitted") == weights_hash(tmp_path / "plain")
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "refitted" / "model.safetensors")
+    for layer in range(3):
+        for role in ("gate", "up"):
+            name = f"model.layers.{layer}.mlp.{role}_proj.weight"
+            rows = {tuple(row) for row in before[name].tolist()}
+            assert all(tuple(row) in rows for row in after[name].tolist())
 
 
 def test_units_that_depend_on_one_another_are_refused(model, text, tmp_path, monkeypatch):
@@ -111,7 +139,7 @@ def test_an_interrupted_refit_is_gone_on_with(model, text, tmp_path, monkeypatch
         run(model, text, tmp_path / "out", {"refit": True}, observer=stop)
     solved = []
     original = fitting.Refit.solve
-    monkeypatch.setattr(fitting.Refit, "solve", lambda fc, found: solved.append(fc) or original(fc, found))
+    monkeypatch.setattr(fitting.Refit, "solve", lambda fc: solved.append(fc) or original(fc))
     run(model, text, tmp_path / "out", {"refit": True}, resume=True)
     assert [fc.inner.block.number for fc in solved] == [1, 2]
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
@@ -153,7 +181,7 @@ def test_a_refit_without_a_text_is_refused(model):
 def test_plan_says_what_a_refit_takes(model, text):
     recipe = trawl.Recipe(method="narrow", width=32, refit=True)
     notes = trawl.plan(model, recipe, calibrate=text, calibration_tokens=8192).notes
-    assert any("what writes the units that stay is refitted on up to 8,192 tokens of sea.txt" in note for note in notes)
+    assert any("both models run on up to 8,192 tokens of sea.txt, and FCs are refitted to" in note for note in notes)
 
 
 def test_the_command_line(model, text, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trawl.anchoring.drift import Drift, inputs, observe
+from trawl.anchoring.drift import Drift, observe
 from trawl.anchoring.fitting import fit, make_target, refit
 from trawl.calibration import Moment
 from trawl.calibration.moments import expert_of
@@ -33,7 +33,6 @@ STAGES = (  # in the order of the computation
     ("down",),
     ("expert_down",),
 )
-ADDED = 1e-3  # relative difference up to which an output counts as added to the residual stream
 
 
 @dataclass(eq=False)
@@ -187,25 +186,16 @@ class AnchoredBlock:
         return {part: found.get(name) for part, name in names.items()}
 
     def _adds_to_stream(self, roles: Sequence[str], batch: Batch) -> bool:
-        """Whether a stage's one matrix gives what is added to the residual stream as it is, as one batch shows.
-
-        With later stages silenced, taking the matrix away must take away just its output: no norm stands behind it.
-        """
+        """Whether a stage's one matrix gives what is added to the residual stream as it is, as one batch shows."""
         role = roles[0]
         parts = [part for part in self.planned.match.placements if (part.layer, part.role) == (self.number, role)]
         if role not in READ_INNER or len(parts) > 1:  # of several experts no one repairs the stream alone
             return False
         if role not in self.adds:
-            silent = self._zeroed(_later(roles))
-            with self.chain.loaded(self.number, silent) as block:
-                name = self._name(parts[0])
-                rows, whole = inputs(block, batch, [name], whole=True)
-            with self.chain.loaded(self.number, silent | self._zeroed(roles)) as block:
-                rest = block.run(batch)
-            matrix = parts[0].view.apply(self.planned.checkpoint.read(parts[0].tensor)).to(rows[name])
-            added = (rows[name] @ matrix).reshape(rest.hidden.shape)
-            surplus = torch.linalg.vector_norm(whole.hidden - rest.hidden - added)
-            self.adds[role] = bool(surplus <= ADDED * torch.linalg.vector_norm(added))
+            matrix = parts[0].view.apply(self.planned.checkpoint.read(parts[0].tensor))
+            silent, without = self._zeroed(_later(roles)), self._zeroed(roles)
+            name = self._name(parts[0])
+            self.adds[role] = self.chain.adds(self.number, batch, (name, matrix), without, silent)
         return self.adds[role]
 
     def _slices(self, item: PlannedStack, roles: Sequence[str]) -> list[int]:

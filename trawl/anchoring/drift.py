@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from trawl.calibration.gathering import MomentSum
-from trawl.calibration.streaming import Batch, Block
+from trawl.calibration.streaming import Batch, Block, importance
 from trawl.errors import CheckpointError
 
 SHRINKAGE = 1e-2  # λ, of the mean eigenvalue: what few tokens say is not followed far
-EPSILON = 1e-6  # of mean squares, as in norms of models
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +136,7 @@ def observe(
                 d = _missing(before.get(name), x, here.hidden.shape[:-1].numel()) if lost is None else lost
                 if name not in sums:
                     sums[name] = DriftSum.of_widths(d.shape[1], x.shape[1], x.device, of_output=stream)
-                sums[name].add(x, d, x.new_ones(len(x), 1) if behind is None else _importance(behind))
+                sums[name].add(x, d, x.new_ones(len(x), 1) if behind is None else importance(behind))
     for name, found in sums.items():
         if not (found.total.isfinite().all() and found.missed.isfinite().all()):
             raise CheckpointError(
@@ -153,8 +152,3 @@ def _missing(before: Tensor | None, now: Tensor, tokens: int) -> Tensor:
     if before is None or before.shape != now.shape or len(now) != tokens:
         return torch.zeros_like(now)
     return before - now
-
-
-def _importance(stream: Tensor) -> Tensor:
-    """Return how much an error in each token's stream (tokens, hidden) counts to what reads it normalised."""
-    return 1.0 / (stream.square().mean(1, keepdim=True) + EPSILON)

@@ -19,7 +19,7 @@ from trawl.calibration.weights import stack_weights
 from trawl.checkpoint import Checkpoint
 from trawl.decompose import SVD
 from trawl.factors import Factors
-from trawl.narrowing import Cut, Elimination, eliminate_units, narrow_stack, padded_reader
+from trawl.narrowing import Cut, Elimination, eliminate_units, narrow_stack, padded_tensors
 from trawl.stacking import Stack, StoredSlices
 from trawl.writing import DenseWriter, SquaredErrors
 
@@ -177,7 +177,7 @@ class Workshop:
             outputs=self._outputs(cut),
             elimination=elimination,
         )
-        return padded_reader(self.checkpoint, cut, found)
+        return padded_tensors(self.checkpoint, cut, found)
 
 
 def _times(metric: Tensor | None, matrix: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from trawl.errors import CheckpointError, PlanError
 from trawl.families import FamilyMatch
 from trawl.models import Forward, around, empty_model, find_layers, no_bars
 
+ADDED = 1e-3  # relative difference up to which an output counts as added to the residual stream
+EPSILON = 1e-6  # of mean squares, as in norms of models
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -279,6 +281,35 @@ class BlockChain:
             self._require(layer.state_dict(), path)
             yield Block(number, layer)
 
+    def adds(
+        self,
+        number: int,
+        batch: Batch,
+        product: tuple[str, Tensor],
+        without: Mapping[str, Tensor],
+        silent: Mapping[str, Tensor] | None = None,
+    ) -> bool:
+        """Whether what a weight gives is added to the residual stream as it is, with no norm behind it.
+
+        Taking the matrix away must take away just its output.
+
+        Args:
+            number: of the block.
+            batch: any that the block can be run on.
+            product: a weight's name, as :meth:`Block.run` tells it, and what its input is multiplied by, (in, hidden).
+            without: stored tensors that take it away.
+            silent: stored tensors that silence what reads the stream behind it.
+        """
+        name, matrix = product
+        seen: dict[str, Tensor] = {}
+        with self.loaded(number, silent) as block:
+            whole = block.run(batch, seen.__setitem__)
+        with self.loaded(number, {**(silent or {}), **without}) as block:
+            rest = block.run(batch)
+        added = seen[name].flatten(0, -2) @ matrix.to(seen[name])
+        surplus = torch.linalg.vector_norm((whole.hidden - rest.hidden).flatten(0, -2) - added)
+        return bool(surplus <= ADDED * torch.linalg.vector_norm(added))
+
     def tensors(self, number: int) -> list[str]:
         """Return the names of the stored tensors of one block."""
         return [name for name, (place, _) in self._places.items() if place.startswith(f"{self.paths[number]}.")]
@@ -323,6 +354,14 @@ class BlockChain:
             )
         for name, reason in info.conversion_errors.items():
             raise CheckpointError(f"{self.checkpoint.folder}: transformers cannot convert {name}: {reason}")
+
+
+def importance(stream: Tensor) -> Tensor:
+    """Return how much an error in each token's stream (tokens, hidden) counts to what reads it normalised, (tokens, 1).
+
+    It is 1 / mean(h²). Without it the few tokens on which some models let the stream grow a thousandfold decide alone.
+    """
+    return 1.0 / (stream.square().mean(1, keepdim=True) + EPSILON)
 
 
 def open_chain(checkpoint: Checkpoint, match: FamilyMatch, device: torch.device) -> BlockChain:

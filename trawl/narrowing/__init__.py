@@ -5,7 +5,7 @@ Importing this package loads no model code.
 
 from trawl.narrowing.cuts import Cut, Narrowed, Width, fc_widths, narrow
 from trawl.narrowing.selection import Elimination
-from trawl.narrowing.solving import Narrowing, eliminate_units, narrow_stack, padded_reader
+from trawl.narrowing.solving import Narrowing, eliminate_units, narrow_stack, padded_tensors
 from trawl.narrowing.writing import NarrowedTensors
 
 __all__ = [
@@ -19,5 +19,5 @@ __all__ = [
     "fc_widths",
     "narrow",
     "narrow_stack",
-    "padded_reader",
+    "padded_tensors",
 ]

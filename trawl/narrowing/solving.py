@@ -20,7 +20,7 @@ from trawl.narrowing.cuts import Cut, bias_of
 from trawl.narrowing.selection import Elimination, Problem, eliminate, make_problem, select_groups, weigh_outputs
 from trawl.shards import sealed
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WRITER = "writer."  # before the role, in names of tensors
 
 
@@ -35,7 +35,6 @@ class Narrowing:
         relative_error: √(E‖y − ŷ‖² / E‖y‖²) of the reader's outputs, of what is stored here.
         rounding_error: how far rounding to the stored dtype moved the reader, ‖R − R̂‖ / ‖R‖.
         writers: by role, rows of the kept units that are not those of the source, (kept, hidden), in the stored dtype.
-        refitted: whether :func:`trawl.refitting.seal_refitted` is done with it.
     """
 
     kept: Tensor
@@ -44,7 +43,6 @@ class Narrowing:
     relative_error: float
     rounding_error: float
     writers: Mapping[str, Tensor] = field(default_factory=dict)
-    refitted: bool = False
 
     def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Write one sealed file: it appears under ``path`` whole, by rename, or not at all."""
@@ -52,7 +50,6 @@ class Narrowing:
             "format_version": FORMAT_VERSION,
             "relative_error": self.relative_error,
             "rounding_error": self.rounding_error,
-            "refitted": self.refitted,
             "metadata": dict(metadata),
         }
         tensors = {"kept": self.kept, "reader": self.reader.contiguous()}
@@ -74,8 +71,7 @@ class Narrowing:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             errors = float(header["relative_error"]), float(header["rounding_error"])
             writers = {name.removeprefix(WRITER): rows for name, rows in tensors.items() if name.startswith(WRITER)}
-            refitted = bool(header.get("refitted"))
-            found = cls(tensors["kept"], tensors["reader"], tensors.get("bias"), *errors, writers, refitted)
+            found = cls(tensors["kept"], tensors["reader"], tensors.get("bias"), *errors, writers)
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise LoadError(f"{path} is not a readable file of kept units: {e}; delete it and narrow again") from e
         if header.get("format_version") != FORMAT_VERSION:
@@ -158,18 +154,24 @@ def eliminate_units(
     return eliminate(problem if outputs is None else weigh_outputs(problem, outputs.to(device)), cut.keep)
 
 
-def padded_reader(checkpoint: Checkpoint, cut: Cut, found: Narrowing) -> dict[str, Tensor]:
-    """Return a stack's reader in its old shape, zero where units are left out, and its bias, by stored name.
+def padded_tensors(checkpoint: Checkpoint, cut: Cut, found: Narrowing) -> dict[str, Tensor]:
+    """Return what changes of a stack in its old shapes, by stored name: zeros in the reader for units left out.
 
     With all else as it was, the layer computes what the narrow one does.
     """
-    reader = cut.reader
-    stored = checkpoint.read(reader.tensor).clone()
-    canonical = torch.zeros(reader.shape, dtype=stored.dtype)
-    canonical[cut.rows(reader, found.kept)] = found.reader
-    reader.view.scatter(canonical, stored)
-    name = bias_of(checkpoint, reader.tensor)
-    return {reader.tensor: stored} | ({name: found.bias} if name and found.bias is not None else {})
+    changed: dict[str, Tensor] = {}
+    for part in cut.stack.slices:
+        values = found.reader if part is cut.reader else found.writers.get(part.role)
+        if values is None:
+            continue
+        stored = changed.setdefault(part.tensor, checkpoint.read(part.tensor).clone())
+        canonical = part.view.apply(stored).clone()
+        if part is cut.reader:
+            canonical.zero_()
+        canonical[cut.rows(part, found.kept)] = values
+        part.view.scatter(canonical, stored)
+    name = bias_of(checkpoint, cut.reader.tensor)
+    return changed | ({name: found.bias} if name and found.bias is not None else {})
 
 
 def _problem(checkpoint: Checkpoint, cut: Cut, moment: Moment, device: torch.device) -> Problem:

@@ -1,48 +1,50 @@
-"""One narrowed FC: its tokens, and the rows and the reader that give its outputs best."""
+"""One narrowed FC: its tokens, the units that stay, and the rows and the reader that give its outputs best."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from trawl.calibration.streaming import Batch
+from trawl.calibration.gathering import MomentSum
+from trawl.calibration.streaming import Batch, importance
 from trawl.checkpoint import Checkpoint
 from trawl.errors import CheckpointError
 from trawl.families import Placement
-from trawl.narrowing import Narrowing
+from trawl.narrowing import Cut, Narrowing
 from trawl.narrowing.cuts import bias_of, positions
-from trawl.narrowing.selection import Problem, make_problem
+from trawl.narrowing.selection import Problem, eliminate, make_problem, root_of, weigh_outputs
 from trawl.refitting.inner import InnerFunction
 from trawl.refitting.solving import Tokens, find_change
 
 JUDGED = 16  # one batch in so many is not fitted to, but says whether what was fitted is better
 SAMPLE = 64  # tokens on which units are shown to stand alone
+REPAIRED = 0.5  # share of what the stream misses that an FC is to give on top: more of it follows noise
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Over some tokens, float64: Σ a aᵀ, Σ a yᵀ, Σ a, Σ y and Σ ‖y‖² of units a and wanted outputs y."""
+    """Over some tokens by their weights, float64: Σ a aᵀ, Σ a yᵀ, Σ a, Σ y, Σ ‖y‖² and Σ 1 of units a and outputs y."""
 
     second: Tensor
     cross: Tensor
     units: Tensor
     outputs: Tensor
     energy: float
-    tokens: int
+    count: float
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
     def problem(self, reader: Tensor, *, centred: bool) -> Problem:
         """Return the least-squares problem of the reader, whose ridge draws to another one."""
-        second, cross, energy = self.second / self.tokens, self.cross / self.tokens, self.energy / self.tokens
+        second, cross, energy = self.second / self.count, self.cross / self.count, self.energy / self.count
         if not centred:
             return make_problem(reader, second, cross, energy)
-        units, outputs = self.units / self.tokens, self.outputs / self.tokens
+        units, outputs = self.units / self.count, self.outputs / self.count
         cross, energy = cross - torch.outer(units, outputs), energy - float(outputs.square().sum())
         return make_problem(reader, second, cross, energy, units)
 
@@ -66,85 +68,120 @@ class Weights:
 
 @dataclass(eq=False)
 class Refit:
-    """One FC that is refitted.
+    """One FC that is narrowed and refitted.
 
     Attributes:
         checkpoint: the source.
+        cut: how much stays.
         inner: its code, in a block that is in memory.
         dtype: what products are formed in.
-        root: R with R Rᵀ = G, what a miss of its outputs counts by; None for all alike.
+        outputs: G, what a miss of its outputs counts by, (hidden, hidden) or its diagonal; None for all alike.
     """
 
     checkpoint: Checkpoint
+    cut: Cut
     inner: InnerFunction
     dtype: torch.dtype
-    root: Tensor | None
+    outputs: Tensor | None
     fitted: Tokens = field(init=False)
     judged: Tokens = field(init=False)
+    second: Tensor = field(init=False)  # E[a aᵀ] of all units
+    mean: Tensor = field(init=False)  # E[a]
 
-    def read(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Run batches through the block, keep what the FC reads and gives, and return what leaves the block."""
+    @torch.no_grad()
+    def read(self, batches: Sequence[Batch], behind: Sequence[Batch] | None) -> None:
+        """Run batches through the block, and keep what the FC reads and is to give.
+
+        Args:
+            batches: what enters the block.
+            behind: what leaves it in the original model, for an FC whose outputs are added to that: it is to give half
+                of what they miss of it on top, and a token counts by :func:`trawl.calibration.streaming.importance`.
+        Raises: CheckpointError: NaN or Inf comes up.
+        """
         names, reader = self.inner.names, self.inner.reader
         matrix = self._stored(reader).to(batches[0].hidden.device, self.dtype)
-        seen: dict[str, Tensor] = {}
-        parts: list[tuple[Tensor, Tensor]] = []
-        left: list[Batch] = []
-        for batch in batches:
-            left.append(self.inner.run(batch, seen.__setitem__))
-            x, units = (_flat(seen[names[part]]).to(self.dtype) for part in (self.inner.writers[0], reader))
-            parts.append((x, units @ matrix))
-            seen.clear()
+        sums, mean = MomentSum.of_width(len(matrix), matrix.device), matrix.new_zeros(len(matrix), dtype=torch.float64)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for number, batch in enumerate(batches):
+            seen: dict[str, Tensor] = {}
+            left = self.inner.run(batch, seen.__setitem__)
+            x, units = (seen[names[part]].flatten(0, -2) for part in (self.inner.writers[0], reader))
+            y, weight = units.to(self.dtype) @ matrix, x.new_ones(len(x), 1)
+            if behind is not None:
+                wanted = behind[number].hidden.flatten(0, -2)
+                weight = importance(wanted)
+                y = (y + REPAIRED * (wanted - left.hidden.flatten(0, -2))).to(self.dtype)
+            sums.add(weight.sqrt() * units)
+            mean += (weight * units).double().sum(0)
+            parts.append((x.to(self.dtype), y, weight))
         judges = set(range(JUDGED - 1, len(parts), JUDGED)) or {len(parts) - 1}
         fitted = [part for number, part in enumerate(parts) if number not in judges]
         self.judged = _joined(part for number, part in enumerate(parts) if number in judges)
         self.fitted = _joined(fitted) if fitted else self.judged
+        count = sum(float(weight.double().sum()) for _, _, weight in parts)
+        self.second, self.mean = sums.matrix() * (sums.tokens / count), mean / count
         if not all(bool(torch.isfinite(tokens.y).all()) for tokens in (self.fitted, self.judged)):
             raise CheckpointError(
                 f"layer {self.inner.block.number} gives NaN or Inf on the calibration text; check its weights"
             )
-        return left
 
     @torch.no_grad()
-    def solve(self, found: Narrowing) -> Narrowing:
-        """Return a narrowing whose writers and reader give this FC's outputs better, or as it is where none does."""
-        device = self.fitted.x.device
-        kept, reader = found.kept.to(device), found.reader.to(device, torch.float64)
-        stored = {part: self._stored(part).to(device, torch.float64) for part in self.inner.writers}
-        sample = Tokens(self.fitted.x[:SAMPLE], self.fitted.y[:SAMPLE])
-        for _, pre in self._pre(stored, sample, None):
+    def solve(self) -> Narrowing:
+        """Return the units that stay, with writers where changed ones are better, and the reader that goes with them.
+
+        Raises: CheckpointError: what was fitted does not fit the stored dtype. PlanError: units depend on one another.
+        """
+        stored = {part: self._stored(part).to(self.fitted.x.device, torch.float64) for part in self.inner.parts}
+        kept = self._select(stored[self.inner.reader])
+        writers = {part: stored[part] for part in self.inner.writers}
+        sample = Tokens(*(each[:SAMPLE] for each in (self.fitted.x, self.fitted.y, self.fitted.weight)))
+        for _, pre in self._pre(writers, sample, None):
             self.inner.check(pre, kept)
-        start = self._with_reader({part: rows[kept] for part, rows in stored.items()}, reader, kept)
-        best, lowest = start, self.error(start, self.judged, kept)
+        rows = {part: values[kept] for part, values in writers.items()}
+        best = self._with_reader(rows, stored[self.inner.reader][kept], kept)
+        lowest = self.error(best, self.judged, kept)
         for part in self.inner.writers:
             tried = self._improved(best, part, kept)
             error = self.error(tried, self.judged, kept)
             if error < lowest:
                 best, lowest = tried, error
-        return replace(found, refitted=True) if best is start else self._narrowing(found, best, kept)
+        return self._narrowing(best, kept, [part for part in rows if best.rows[part] is not rows[part]])
+
+    def _select(self, reader: Tensor) -> Tensor:
+        """Return the units that stay, by what the FC itself computes."""
+        mean = self.mean if self._bias(self.inner.reader) is not None else None
+        problem = make_problem(reader, self.second.to(reader.device), mean=mean)
+        if self.outputs is not None:
+            problem = weigh_outputs(problem, self.outputs.to(reader.device))
+        return eliminate(problem, self.cut.keep).kept(self.cut.keep)
 
     def _improved(self, weights: Weights, part: Placement, kept: Tensor) -> Weights:
         """Return weights with one writer's rows changed, and a reader that goes with them."""
-        tokens, low = self.fitted, weights.reader.to(self.dtype)
+        tokens, low, shift = self.fitted, weights.reader.to(self.dtype), weights.shift.to(self.dtype)
         slope, missing = tokens.x.new_empty(len(tokens), len(kept)), torch.empty_like(tokens.y)
         for at, pre in self._pre(weights.rows, tokens, kept):
-            slope[at] = self.inner.slope(pre, part)
-            missing[at] = tokens.y[at] - self.inner(pre) @ low - weights.shift.to(self.dtype)
-        change = find_change(tokens, slope, missing, weights.reader, self.root)
+            slope[at] = self.inner.slope(pre, part) * tokens.root[at]
+            missing[at] = (tokens.y[at] - self.inner(pre) @ low - shift) * tokens.root[at]
+        root = None if self.outputs is None else root_of(self.outputs.to(tokens.x.device))
+        change = find_change(tokens, slope, missing, weights.reader, root)
         rows = {**weights.rows, part: self._rounded(weights.rows[part] + change, part)}
         return self._with_reader(rows, weights.reader, kept)
 
     def _with_reader(self, rows: Mapping[Placement, Tensor], reader: Tensor, kept: Tensor) -> Weights:
         """Return weights of some rows with the reader that gives the outputs best, by a ridge towards another."""
         sums = self._sums(rows, self.fitted, kept)
-        return Weights(rows, sums, *self._solved(sums, reader))
+        solved = self._rounded(self._solved(sums, reader), self.inner.reader)
+        return Weights(rows, sums, solved, self._shift(sums, solved))
 
-    def _solved(self, sums: Sums, reader: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reader that gives the outputs best, and what its bias grows by."""
-        centred = self._bias(self.inner.reader) is not None
-        best = sums.problem(reader, centred=centred).solve(torch.arange(len(reader), device=reader.device))
-        solved = self._rounded(best, self.inner.reader)
-        shift = (sums.outputs - solved.T @ sums.units) / sums.tokens
-        return solved, shift if centred else torch.zeros_like(shift)
+    def _solved(self, sums: Sums, reader: Tensor) -> Tensor:
+        """Return the reader that gives the outputs best."""
+        problem = sums.problem(reader, centred=self._bias(self.inner.reader) is not None)
+        return problem.solve(torch.arange(len(reader), device=reader.device))
+
+    def _shift(self, sums: Sums, reader: Tensor) -> Tensor:
+        """Return what the reader's bias grows by."""
+        shift = (sums.outputs - reader.T @ sums.units) / sums.count
+        return torch.zeros_like(shift) if self._bias(self.inner.reader) is None else shift
 
     def _sums(self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor) -> Sums:
         """Return the sums of the units that some rows give."""
@@ -152,40 +189,41 @@ class Refit:
         zeros = partial(torch.zeros, dtype=torch.float64, device=tokens.x.device)
         second, cross, units, outputs = zeros(k, k), zeros(k, hidden), zeros(k), zeros(hidden)
         for at, pre in self._pre(rows, tokens, kept):
-            some = self.inner(pre).float()  # sums of less would be too rough to invert
-            wanted = tokens.y[at].float()
+            root = tokens.weight[at].sqrt()
+            some = self.inner(pre).float() * root  # sums of less would be too rough to invert
+            wanted = tokens.y[at].float() * root
             second += (some.T @ some).double()
             cross += (some.T @ wanted).double()
-            units += some.double().sum(0)
-            outputs += wanted.double().sum(0)
-        return Sums(second, cross, units, outputs, tokens.energy * len(tokens), len(tokens))
+            units += (some * root).double().sum(0)
+            outputs += (wanted * root).double().sum(0)
+        return Sums(second, cross, units, outputs, tokens.energy * tokens.count, tokens.count)
 
     def error(self, weights: Weights, tokens: Tokens, kept: Tensor) -> float:
         """Return E‖y − ŷ‖² / E‖y‖²."""
         low, shift = weights.reader.to(self.dtype), weights.shift.to(self.dtype)
         missed = 0.0
         for at, pre in self._pre(weights.rows, tokens, kept):
-            given = self.inner(pre) @ low + shift
-            missed += float((tokens.y[at] - given).double().square().sum())
-        return missed / len(tokens) / tokens.energy if tokens.energy else 0.0
+            off = tokens.y[at] - (self.inner(pre) @ low + shift)
+            missed += float((tokens.weight[at] * off.float().square()).double().sum())
+        return missed / tokens.count / tokens.energy if tokens.energy else 0.0
 
-    def _narrowing(self, found: Narrowing, weights: Weights, kept: Tensor) -> Narrowing:
+    def _narrowing(self, weights: Weights, kept: Tensor, changed: Sequence[Placement]) -> Narrowing:
         """Return what is stored of some weights, with a reader of all tokens."""
         sums = weights.sums
         if self.judged is not self.fitted:
             sums = sums + self._sums(weights.rows, self.judged, kept)
-        reader, shift = self._solved(sums, weights.reader)
-        centred = self._bias(self.inner.reader) is not None
-        problem = sums.problem(reader, centred=centred)
-        dtypes = {part: self._stored(part).dtype for part in self.inner.parts}
+        exact = self._solved(sums, weights.reader)
+        reader, norm = self._rounded(exact, self.inner.reader), float(exact.norm())
         bias = self._bias(self.inner.reader)
-        return replace(
-            found,
+        problem = sums.problem(reader, centred=bias is not None)
+        dtypes = {part: self._stored(part).dtype for part in self.inner.parts}
+        return Narrowing(
+            kept=kept.cpu(),
             reader=reader.to("cpu", dtypes[self.inner.reader]),
-            bias=None if bias is None else (bias.double() + shift.cpu()).to(bias.dtype),
+            bias=None if bias is None else (bias.double() + self._shift(sums, reader).cpu()).to(bias.dtype),
             relative_error=problem.error(torch.arange(len(reader), device=reader.device), reader),
-            writers={part.role: rows.to("cpu", dtypes[part]) for part, rows in weights.rows.items()},
-            refitted=True,
+            rounding_error=float((reader - exact).norm()) / norm if norm else 0.0,
+            writers={part.role: weights.rows[part].to("cpu", dtypes[part]) for part in changed},
         )
 
     def _pre(
@@ -227,12 +265,6 @@ class Refit:
         return rounded.double()
 
 
-def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> Tokens:
+def _joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tokens:
     """Return the tokens of several batches as one."""
-    x, y = zip(*parts, strict=True)
-    return Tokens(torch.cat(x), torch.cat(y))
-
-
-def _flat(rows: Tensor) -> Tensor:
-    """Return inputs as (tokens, width)."""
-    return rows.reshape(-1, rows.shape[-1])
+    return Tokens(*(torch.cat(each) for each in zip(*parts, strict=True)))

@@ -1,84 +1,125 @@
-"""Refitting a plan's narrowed FCs, block by block, on what the original model computes."""
+"""Narrowing and refitting a plan's FCs, block by block, on what the compressed model feeds them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trawl.calibration import Calibration
 from trawl.calibration.gathering import BATCH_TOKENS
-from trawl.calibration.streaming import Block, BlockChain
-from trawl.families import FC
+from trawl.calibration.streaming import Batch, Block, BlockChain
+from trawl.factors import Factors
 from trawl.models import fast_products
-from trawl.narrowing import Cut, Narrowing
-from trawl.narrowing.selection import root_of
+from trawl.narrowing import Cut, Narrowing, padded_tensors
 from trawl.observers import Observer, silent
 from trawl.planning import Plan
 from trawl.refitting.fitting import Refit
 from trawl.refitting.inner import InnerFunction
+from trawl.writing import fill, slice_of
 
 
 def seal_refitted(
     planned: Plan, calibration: Calibration, paths: Mapping[str, Path], observer: Observer = silent
 ) -> dict[str, float]:
-    """Refit what writes and what reads the units that stay, and seal the narrowings anew.
+    """Choose the units of FCs that stay, refit what writes and what reads them, and seal the narrowings.
 
-    Per FC, up and then gate change by what gives the original FC's outputs best, see
-    :mod:`trawl.refitting.solving`, and the reader is solved anew after each. A sixteenth of the text judges: a
-    change that does not help there is dropped.
+    Block by block, both models run: the original one, and the compressed one with all that is sealed. Of each FC units
+    are chosen by what it computes of the compressed model's inputs; then up and gate change by what gives these outputs
+    best, and half of what the residual stream misses by then, see :mod:`trawl.refitting.solving`, and the reader is
+    solved anew after each. A sixteenth of the text judges: a change that does not help there is dropped. An FC behind
+    which a norm stands is fitted on the original model's inputs instead, to its own outputs alone.
 
     Args:
-        planned: with narrowed FCs.
+        planned: with FCs to refit; all its other stacks are sealed.
         calibration: the text.
-        paths: by stack the sealed file; those that are refitted already stay as they are.
+        paths: by stack where its file lies or is to lie; those of FCs that are there stay as they are.
         observer: told of progress, in blocks.
     Returns: seconds by stack, without the passes of the model.
     Raises: PlanError: an FC's units depend on one another, or the model cannot be run block by block.
         CheckpointError: NaN or Inf comes up, or what was fitted does not fit the stored dtype.
-    Cost: a forward pass, and some sixty products of all tokens with a matrix of each FC's size. Memory: the hidden
-        states of all windows, and of one FC the inputs, the outputs twice and the units that stay.
+    Cost: three forward passes, and some sixty products of all tokens with a matrix of each FC's size. Memory: the
+        hidden states of all windows four times, and of one FC the inputs, the outputs twice and the units that stay.
     """
-    assert planned.narrowed is not None
-    cuts = {
-        cut.stack.layers[0]: cut
-        for cut in planned.narrowed.cuts
-        if cut.reader.role in FC and cut.keep < cut.units and not Narrowing.load(paths[cut.stack.name]).refitted
-    }
-    if not cuts:
+    cuts = {cut.stack.layers[0]: cut for cut in planned.refitted}
+    unfinished = {number for number, cut in cuts.items() if not paths[cut.stack.name].exists()}
+    if not unfinished:
         return {}
-    items = {item.stack.name: item for item in planned.stacks}
-    seconds: dict[str, float] = {}
-    total = max(cuts) + 1
     chain, windows = calibration.chain, calibration.windows
+    items = {item.stack.name: item for item in planned.stacks}
+    adds = _adds(planned, chain, cuts[min(unfinished)], chain.enter([windows[:1]])[0])
+    seconds: dict[str, float] = {}
+    total = max(unfinished) + 1
     with fast_products() if calibration.compute == "bf16" else nullcontext():
-        batches = chain.enter(torch.split(windows, max(BATCH_TOKENS // windows.shape[1], 1)))
+        original = chain.enter(torch.split(windows, max(BATCH_TOKENS // windows.shape[1], 1)))
+        compressed = original
         for number in range(total):
             observer("refitting", number, total)
-            with chain.loaded(number) as block:
-                if number not in cuts:
-                    batches = [block.run(batch) for batch in batches]
-                    continue
-                name = cuts[number].stack.name
-                fc = _open(planned, chain, block, cuts[number], calibration)
-                batches = fc.read(batches)
-                began = time.perf_counter()
-                found = fc.solve(Narrowing.load(paths[name]))
-                found.save(paths[name], {"stack": items[name].to_json()})
-                seconds[name] = time.perf_counter() - began
+            left = _run(chain, number, {}, original)
+            if number in unfinished:
+                with chain.loaded(number, _changed(planned, number, paths) if adds else {}) as block:
+                    fc = _open(planned, chain, block, cuts[number], calibration.compute)
+                    fc.read(compressed if adds else original, left if adds else None)
+                    began, name = time.perf_counter(), cuts[number].stack.name
+                    fc.solve().save(paths[name], {"stack": items[name].to_json()})
+                    seconds[name] = time.perf_counter() - began
+            changed = _changed(planned, number, paths)
+            if not adds or (compressed is original and not changed):
+                compressed = left
+            else:
+                compressed = _run(chain, number, changed, compressed)
+            original = left
     observer("refitting", total, total)
     return seconds
 
 
-def _open(planned: Plan, chain: BlockChain, block: Block, cut: Cut, calibration: Calibration) -> Refit:
+def _adds(planned: Plan, chain: BlockChain, cut: Cut, batch: Batch) -> bool:
+    """Whether what an FC gives is added to the residual stream as it is, as one batch shows."""
+    reader, number = cut.reader, cut.stack.layers[0]
+    stored = planned.checkpoint.read(reader.tensor)
+    with slice_of(without := stored.clone(), reader.view) as written:
+        written.zero_()
+    name = chain.weights_of(number)[reader.tensor][0]
+    return chain.adds(number, batch, (name, reader.view.apply(stored)), {reader.tensor: without})
+
+
+def _run(chain: BlockChain, number: int, changed: Mapping[str, Tensor], batches: Sequence[Batch]) -> list[Batch]:
+    """Run batches through a block."""
+    with chain.loaded(number, changed) as block:
+        return [block.run(batch) for batch in batches]
+
+
+def _changed(planned: Plan, number: int, paths: Mapping[str, Path]) -> dict[str, Tensor]:
+    """Return what the compressed model has in place of a block's stored tensors, of all stacks sealed by now."""
+    checkpoint = planned.checkpoint
+    found: dict[str, Tensor] = {}
+    cuts = {cut.stack.name: cut for cut in planned.narrowed.cuts} if planned.narrowed else {}
+    for item in planned.stacks:
+        path = paths[item.stack.name]
+        slices = [s for s, part in enumerate(item.stack.slices) if part.layer == number]
+        if not slices or not path.exists():
+            continue
+        if item.stack.name in cuts:
+            found |= padded_tensors(checkpoint, cuts[item.stack.name], Narrowing.load(path))
+            continue
+        factors = Factors.load(path)[0]
+        for s in slices:
+            part = item.stack.slices[s]
+            target = found.setdefault(part.tensor, checkpoint.read(part.tensor).clone())
+            with slice_of(target, part.view) as written:
+                fill(factors, item.stack.places[s], written)
+    return found
+
+
+def _open(planned: Plan, chain: BlockChain, block: Block, cut: Cut, compute: str) -> Refit:
     """Return the FC of a block, as yet without tokens."""
     parts, checkpoint = cut.stack.slices, planned.checkpoint
     names = chain.weights_of(block.number)
     shapes = {part: checkpoint.tensors[part.tensor].shape for part in parts}
     inner = InnerFunction(block, parts, {part: names[part.tensor][0] for part in parts}, shapes)
     outputs = planned.moments.outputs.matrix(cut.reader) if planned.moments and planned.moments.outputs else None
-    dtype = torch.bfloat16 if calibration.compute == "bf16" else torch.float32
-    return Refit(checkpoint, inner, dtype, None if outputs is None else root_of(outputs.to(chain.device)))
+    return Refit(checkpoint, cut, inner, torch.bfloat16 if compute == "bf16" else torch.float32, outputs)

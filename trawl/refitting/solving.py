@@ -1,10 +1,11 @@
-"""Rows of one writer of a narrowed FC, and its reader, by linear least squares.
+"""Rows of one writer of a narrowed FC, by linear least squares.
 
 An FC computes ``y = Dᵀ φ(s₁, …)`` with ``s = V x + b`` of each writer V. To first order in a change Δ of one V
 
     y(V + Δ) ≈ y(V) + Dᵀ (h ∘ Δ x),    h = ∂φ/∂s,
 
-and exactly so for ``up`` of a gated FC. With t what y(V) misses of what is wanted, and G what a miss counts by, Δ is
+and exactly so for ``up`` of a gated FC. With t what y(V) misses of what is wanted, G what a miss counts by, and E a
+mean in which each token counts by its weight, Δ is
 
     argmin E‖G^½ (t − Dᵀ (h ∘ Δ x))‖² + λ s̄ Σ_j K_jj ‖Δ_j‖²,    K = (D G Dᵀ) ∘ E[h hᵀ],  s̄ = mean eigenvalue of E[x xᵀ],
 
@@ -34,18 +35,31 @@ class Tokens:
     Attributes:
         x: its inputs, (tokens, hidden), in the dtype that products are formed in.
         y: wanted outputs, bias aside, (tokens, hidden), likewise.
+        weight: how much each token counts, (tokens, 1) float32.
     """
 
     x: Tensor
     y: Tensor
+    weight: Tensor
 
     def __len__(self) -> int:
         return len(self.x)
 
     @cached_property
+    def count(self) -> float:
+        """Σ weights."""
+        return float(self.weight.double().sum())
+
+    @cached_property
     def energy(self) -> float:
         """E‖y‖²."""
-        return sum(float(self.y[at].double().square().sum()) for at in self.chunks()) / len(self)
+        total = sum(float((self.weight[at] * self.y[at].float().square()).double().sum()) for at in self.chunks())
+        return total / self.count
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Square roots of the weights, in the dtype of x."""
+        return self.weight.sqrt().to(self.x.dtype)
 
     def chunks(self) -> Iterator[slice]:
         """Yield slices of tokens."""
@@ -57,8 +71,8 @@ def find_change(tokens: Tokens, slope: Tensor, missing: Tensor, reader: Tensor, 
 
     Args:
         tokens: x of them.
-        slope: h, (tokens, k), in the dtype of x.
-        missing: t, (tokens, hidden), likewise.
+        slope: h times the root of each token's weight, (tokens, k), in the dtype of x.
+        missing: t times the root of each token's weight, (tokens, hidden), likewise.
         reader: D, (k, hidden), float64.
         root: of G; None counts all outputs alike.
     Returns: (k, hidden), float64.
