@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -132,6 +133,30 @@ def test_damages_that_were_measured_are_used_again_and_an_interrupted_search_goe
     monkeypatch.setattr(damage_module.Gauge, "measure", original)
     compress(model, tmp_path / "undisturbed", text, keep=0.8)
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "undisturbed")
+
+
+def test_a_damage_is_measured_until_its_error_suffices(
+    model,  # noqa: F811
+    text,  # noqa: F811
+    kept,
+    tmp_path,
+    monkeypatch,
+):
+    original, found = damage_module.Gauge.measure, []
+
+    def measure(self, block, changes):
+        found.extend(original(self, block, changes))
+        return found[-len(changes) :]
+
+    monkeypatch.setattr(damage_module.Gauge, "measure", measure)
+    monkeypatch.setattr(damage_module, "NEGLIGIBLE", -1.0)
+    for share, windows in ((1e9, 3), (0.0, 6)):
+        found.clear()
+        monkeypatch.setattr(damage_module, "SUFFICES", share)
+        folder = tmp_path / str(windows)
+        shutil.copytree(kept, folder, ignore=shutil.ignore_patterns("damage-*"))
+        trawl.find_recipe(model, trawl.Recipe(keep=0.8), folder, calibrate=text, calibration_tokens=TOKENS)
+        assert {damage.windows for damage in found} == {windows}
 
 
 def test_predicted_and_real_damage_go_together(model, text, kept):  # noqa: F811

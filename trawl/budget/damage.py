@@ -21,6 +21,9 @@ from trawl.models import fast_products
 WINDOWS = 6  # of the calibration text that damages are measured on
 LENGTH = 512  # tokens of each
 STRIDE = 2  # every so many positions are scored
+AT_ONCE = 3  # windows that are run together; changes whose error suffices are not run on the next ones
+SUFFICES = 0.1  # of the damage: a standard error that is small enough
+NEGLIGIBLE = 2e-4  # nats a token: one that is small enough whatever the damage
 
 Changed = Mapping[str, Tensor]
 
@@ -32,10 +35,17 @@ class Damage:
     Attributes:
         mean: of the divergence, nats a token.
         stderr: over windows.
+        windows: how many it was measured on.
     """
 
     mean: float
     stderr: float
+    windows: int
+
+    @property
+    def suffices(self) -> bool:
+        """Whether the error is so small that more windows would change no choice worth naming."""
+        return self.windows > 1 and self.stderr <= max(SUFFICES * self.mean, NEGLIGIBLE)
 
 
 @dataclass(eq=False)
@@ -55,8 +65,7 @@ class Gauge:
 
     chain: BlockChain
     windows: Tensor
-    _entering: list[Tensor] = field(default_factory=list, init=False)  # of each block, and what leaves the last
-    _batch: Batch | None = field(default=None, init=False)
+    _entering: list[list[Batch]] = field(default_factory=list, init=False)  # each block, and what leaves the last
 
     @contextmanager
     def ready(self) -> Iterator[Gauge]:
@@ -66,19 +75,20 @@ class Gauge:
         """
         with ExitStack() as stack:
             stack.enter_context(fast_products())
-            (batch,) = self.chain.enter([self.windows])
+            batches = self.chain.enter(torch.split(self.windows, AT_ONCE))
             stack.enter_context(self.chain.outer_weights())
-            self._batch = batch
-            self._entering = [batch.hidden]
+            self._entering = [batches]
             for number in range(len(self.chain)):
                 with self.chain.loaded(number) as block:
-                    batch = block.run(batch)
-                self._entering.append(batch.hidden)
+                    batches = [block.run(batch) for batch in batches]
+                self._entering.append(batches)
             yield self
             self._entering.clear()
 
     def measure(self, number: int, changes: Sequence[Changed]) -> list[Damage]:
         """Return the damage of each of some changes of one block.
+
+        A few windows are run first, and further ones for changes whose :attr:`Damage.suffices` is not true by then.
 
         Args:
             number: the block.
@@ -86,48 +96,54 @@ class Gauge:
         Raises: CheckpointError: the changed model computes NaN.
         Cost: the blocks from that one on and the head, once a change.
         """
-        batches = []
-        for changed in changes:
-            with self.chain.loaded(number, changed) as block:
-                batches.append(block.run(self._entered(number)))
-        for later in range(number + 1, len(self.chain)):
-            with self.chain.loaded(later) as block:
-                batches = [block.run(batch) for batch in batches]
-        return self._divergences(batches)
+        values: list[list[float]] = [[] for _ in changes]
+        unsure = list(range(len(changes)))
+        for entering, leaving in zip(self._entering[number], self._entering[-1], strict=True):
+            batches = []
+            for place in unsure:
+                with self.chain.loaded(number, changes[place]) as block:
+                    batches.append(block.run(entering))
+            for later in range(number + 1, len(self.chain)):
+                with self.chain.loaded(later) as block:
+                    batches = [block.run(batch) for batch in batches]
+            for place, found in zip(unsure, self._divergences(batches, leaving), strict=True):
+                values[place] += found
+            unsure = [place for place in unsure if not self._damage(values[place]).suffices]
+            if not unsure:
+                break
+        return [self._damage(each) for each in values]
 
     def measure_all(self, changed: Changed) -> Damage:
         """Return the damage of a change of any number of blocks.
 
         Cost: one forward pass.
         """
-        batch = self._entered(0)
+        batches = self._entering[0]
         for number in range(len(self.chain)):
             with self.chain.loaded(number, changed) as block:
-                batch = block.run(batch)
-        return self._divergences([batch])[0]
-
-    def _entered(self, number: int) -> Batch:
-        assert self._batch is not None
-        return replace(self._batch, hidden=self._entering[number])
+                batches = [block.run(batch) for batch in batches]
+        parts = zip(batches, self._entering[-1], strict=True)
+        return self._damage([value for batch, leaving in parts for value in self._divergences([batch], leaving)[0]])
 
     @torch.no_grad()
-    def _divergences(self, batches: Sequence[Batch]) -> list[Damage]:
+    def _divergences(self, batches: Sequence[Batch], leaving: Batch) -> list[list[float]]:
         """Compare what leaves the last block of changed models with what leaves the original's, window by window."""
         means: list[list[float]] = [[] for _ in batches]
-        for window, original in enumerate(self._entering[-1]):
-            p = self._log_probabilities(batches[0], original)
+        for window, original in enumerate(leaving.hidden):
+            p = self._log_probabilities(leaving, original)
             probabilities = p.exp()
             for batch, found in zip(batches, means, strict=True):
                 q = self._log_probabilities(batch, batch.hidden[window])
                 found.append(float(torch.linalg.vecdot(probabilities, p - q).mean()))
-        return [self._damage(torch.tensor(found, dtype=torch.float64)) for found in means]
+        return means
 
-    def _damage(self, values: Tensor) -> Damage:
+    def _damage(self, found: Sequence[float]) -> Damage:
         """Return mean and standard error of the divergences of windows."""
+        values = torch.tensor(found, dtype=torch.float64)
         if not torch.isfinite(values).all():
             raise CheckpointError(f"{self.chain.checkpoint.folder}: a compressed form of the model computes NaN or Inf")
         spread = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        return Damage(max(float(values.mean()), 0.0), spread)
+        return Damage(max(float(values.mean()), 0.0), spread, len(values))
 
     def _log_probabilities(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Return the predictions after one window's last block, (positions, vocabulary)."""
