@@ -90,6 +90,16 @@ def test_a_later_fc_repairs_half_of_what_the_stream_misses(model, text, tmp_path
     assert found[0.5] < 0.98 * found[0.0]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "bert"])
+def test_only_an_fc_that_is_added_to_the_stream_repairs_it(zoo, text, tmp_path, monkeypatch, family):
+    adds = family in ("llama", "gpt_neox")
+    source = with_tokenizer(zoo(family), tmp_path / "model")
+    for share in (0.0, 0.5):
+        monkeypatch.setattr(fitting, "REPAIRED", share)
+        run(source, text, tmp_path / str(share), {"refit": True})
+    assert (weights_hash(tmp_path / "0.0") != weights_hash(tmp_path / "0.5")) == adds
+
+
 def test_other_stacks_of_the_plan_are_part_of_what_feeds_an_fc(model, text, tmp_path):
     """With q cut to nothing, the FC behind it is fitted to other inputs than with q whole."""
     narrow, q = {"method": "narrow", "width": 32, "layers": "1"}, {"method": "svd", "rank": 1, "roles": "q"}
@@ -123,7 +133,7 @@ def test_units_that_depend_on_one_another_are_refused(model, text, tmp_path, mon
     original = fitting.InnerFunction.__call__
     normed = lambda inner, pre: torch.nn.functional.normalize(original(inner, pre), dim=-1)  # noqa: E731 (a patch)
     monkeypatch.setattr(fitting.InnerFunction, "__call__", normed)
-    with pytest.raises(PlanError, match="FC of layer 0 cannot be refitted: its units depend on one another; leave"):
+    with pytest.raises(PlanError, match="FC of layer 0 cannot be refitted: its units depend on one another; pass"):
         run(model, text, tmp_path / "out", {"refit": True})
     assert not (tmp_path / "out").exists()
 

@@ -260,7 +260,7 @@ class Refit:
         if not torch.isfinite(rounded).all():
             raise CheckpointError(
                 f"layer {self.inner.block.number}: the refitted {part.tensor} does not fit its stored dtype {dtype}; "
-                "keep more units, or leave --refit out"
+                "keep more units, or pass --no-refit"
             )
         return rounded.double()
 

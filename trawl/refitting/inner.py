@@ -125,4 +125,4 @@ class InnerFunction:
         return self.block.layer.get_submodule(".".join(names[0] for names in shared))
 
     def _refusal(self, reason: str) -> PlanError:
-        return PlanError(f"the FC of layer {self.block.number} cannot be refitted: {reason}; leave --refit out")
+        return PlanError(f"the FC of layer {self.block.number} cannot be refitted: {reason}; pass --no-refit")

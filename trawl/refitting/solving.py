@@ -93,11 +93,11 @@ def find_change(tokens: Tokens, slope: Tensor, missing: Tensor, reader: Tensor, 
     ridge = scale * own[:, None]
 
     def gather(outputs: Tensor, at: slice) -> Tensor:  # Σ (h ∘ D outputs) xᵀ of a chunk
-        return ((slope[at] * (outputs @ down.T)).T @ x[at]).double() / count
+        return ((outputs @ down.T).mul_(slope[at]).T @ x[at]).double() / count
 
     def apply(change: Tensor) -> Tensor:
         low = change.T.to(x.dtype)
-        return ridge * change + sum(gather((slope[at] * (x[at] @ low)) @ down, at) for at in tokens.chunks())
+        return ridge * change + sum(gather((x[at] @ low).mul_(slope[at]) @ down, at) for at in tokens.chunks())
 
     turn = None if root is None else root.to(x.dtype)
     residual = sum(gather(missing[at] if turn is None else missing[at] @ turn, at) for at in tokens.chunks())
