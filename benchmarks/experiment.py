@@ -74,7 +74,7 @@ def winners(task: str, study: str, options: argparse.Namespace) -> dict[str, flo
         words = shlex.split(command)
         out = Path(words[words.index("-o") + 1])
         if not out.exists():
-            subprocess.run([*TRAWL, *words[1:]], check=True, capture_output=True)
+            subprocess.run([*TRAWL, *words[1:]], check=True, stdout=subprocess.DEVNULL)
         found["composed" if number else "best"] = perplexity(out, options)
     return found
 

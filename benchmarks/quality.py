@@ -238,7 +238,8 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
         options = bench.options
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
-            recipe = trawl.Recipe(keep=keep, plain=plain, refit=options.refit)
+            asked = {} if options.refit is None else {"refit": options.refit}
+            recipe = trawl.Recipe(keep=keep, plain=plain, **asked)
             trawl.compress(
                 options.model, recipe, out, calibrate=options.calibrate, moments=work, device=str(bench.device)
             )
@@ -346,7 +347,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window of a text")
     parser.add_argument("--limit", type=int, default=500, help="records of each task")
     parser.add_argument("--no-accuracy", dest="accuracy", action="store_false", help="perplexities only")
-    parser.add_argument("--no-refit", dest="refit", action="store_false", help="of trawl's rows")
+    parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="trawl's rows; by default as compress")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="to score in")
     parser.add_argument("--batch-tokens", type=int, default=4096)
