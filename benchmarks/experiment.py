@@ -62,7 +62,9 @@ def sweep(task: str, study: str, options: argparse.Namespace) -> None:
     words += ["--device", options.device, "-o", str(out)]
     began = time.perf_counter()
     with out.with_suffix(".log").open("a") as log:
-        subprocess.run([*TRAWL, *words], check=True, stdout=log, stderr=subprocess.STDOUT)
+        code = subprocess.run([*TRAWL, *words], check=False, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise SystemExit(f"the study {task}, {study} ended with exit code {code}; {log.name} says why")
     print(f"{task}, {study}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
