@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -33,6 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 import trawl
+from trawl.sweeps.records import OutcomeFiles
+from trawl.sweeps.scores import TaskScores
 
 TASKS = {"qa_wikidata": "qa", "counterfact": "qa", "hotpotqa": "qa", "fever": "choice"}
 OBJECTIVE = {"qa": "exact", "choice": "accuracy"}
@@ -42,6 +42,8 @@ STUDIES = {
     "laser": ["--method", "svd", "--ranks", "6,58,173", *(word for role in EACH for word in ("--roles", role))],
     "trawl": ["--method", "cp,tucker", *GRID, "--compose", "5"],
 }
+COMPARED = (("trawl", "laser"), ("composed", "laser"), ("composed", "trawl"))
+WHAT = ("method", "rank", "roles", "layers")
 TRAWL = [sys.executable, "-c", "import trawl_cli; trawl_cli.main()"]
 
 
@@ -51,12 +53,12 @@ def sweep(task: str, study: str, options: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     words = ["sweep", options.model, *STUDIES[study], "--layers", options.layers]
     words += [
+        "--task",
+        f"{kind}:{options.data / task}.jsonl",
         "--objective",
         OBJECTIVE[kind],
         "--objective",
         "log_loss",
-        "--task",
-        f"{kind}:{options.data / task}.jsonl",
     ]
     words += ["--limit", str(options.limit), "--dtype", "bf16", "--batch-tokens", str(options.batch_tokens)]
     words += ["--device", options.device, "-o", str(out)]
@@ -76,7 +78,9 @@ def winners(task: str, study: str, options: argparse.Namespace) -> dict[str, flo
         words = shlex.split(command)
         out = Path(words[words.index("-o") + 1])
         if not out.exists():
-            subprocess.run([*TRAWL, *words[1:]], check=True, stdout=subprocess.DEVNULL)
+            code = subprocess.run([*TRAWL, *words[1:]], check=False, stdout=subprocess.DEVNULL).returncode
+            if code:
+                raise SystemExit(f"'{command}' ended with exit code {code}")
         found["composed" if number else "best"] = perplexity(out, options)
     return found
 
@@ -88,27 +92,18 @@ def perplexity(model: str | Path, options: argparse.Namespace) -> float:
     return result.figure("perplexity").value
 
 
-def values(folder: Path, name: str, figure: str) -> list[float]:
-    """Return a figure of every record of the test part."""
-    scores = json.loads((folder / "scores" / f"test-{name}.json").read_text())["scores"]
-    found: list[float] = scores["tasks"][0]["values"][figure]
-    return found
-
-
-def paired(one: list[float], other: list[float]) -> dict[str, float]:
-    """Return the mean difference over the same records, and its standard error."""
-    differences = [a - b for a, b in zip(one, other, strict=True)]
-    return {
-        "value": statistics.fmean(differences),
-        "stderr": statistics.stdev(differences) / math.sqrt(len(differences)),
-    }
+def scored(folder: Path, name: str) -> TaskScores:
+    """Return what an intervention made of every record of the test part."""
+    outcome = OutcomeFiles(folder).read(name, "test")
+    assert outcome is not None, f"{folder} has not scored {name} on the test part"
+    return outcome.scores.tasks[0]
 
 
 def compare(task: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one task: each search's winner, what was composed, and differences between them."""
     figure = OBJECTIVE[TASKS[task]]
     found: dict[str, Any] = {}
-    answers: dict[str, list[float]] = {}
+    scores: dict[str, TaskScores] = {}
     for study in STUDIES:
         folder = options.out / task / study
         results = json.loads((folder / "results.json").read_text())
@@ -118,24 +113,21 @@ def compare(task: str, options: argparse.Namespace) -> dict[str, Any]:
         states = [trial["state"] for trial in results["trials"]]
         seconds = sum(trial["seconds"] or 0.0 for trial in results["trials"])
         entry = {"trials": len(states), "stopped": len(states) - states.count("complete"), "seconds": seconds}
-        entry |= {key: best[key] for key in ("method", "rank", "roles", "layers")} | {
-            "perplexity": perplexities["best"]
-        }
+        entry |= {key: best[key] for key in WHAT} | {"perplexity": perplexities["best"]}
         entry |= {part: best[part]["objectives"] for part in ("validation", "test")}
         found |= {"base": results["base"]["test"]["objectives"], study: entry}
-        answers[study] = values(folder, str(best["number"]), figure)
+        scores[study] = scored(folder, str(best["number"]))
         kept = [step["trial"] for step in (results["composition"] or {"steps": []})["steps"] if step["kept"]]
         if kept:
-            added = [{key: trials[n][key] for key in ("method", "rank", "roles", "layers")} for n in kept]
+            added = [{key: trials[n][key] for key in WHAT} for n in kept]
             entry = {"added": added, "perplexity": perplexities["composed"]}
             entry |= {part: results["composition"][part]["objectives"] for part in ("validation", "test")}
             found["composed"] = entry
-            name = "-".join(str(n) for n in (best["number"], *kept))
-            answers["composed"] = values(folder, name, figure)
-    found["trawl over laser"] = paired(answers["trawl"], answers["laser"])
-    if "composed" in answers:
-        found["composed over laser"] = paired(answers["composed"], answers["laser"])
-        found["composed over trawl"] = paired(answers["composed"], answers["trawl"])
+            scores["composed"] = scored(folder, "-".join(str(n) for n in (best["number"], *kept)))
+    for one, other in COMPARED:
+        if one in scores:
+            gain, error = scores[one].gains(scores[other])[figure]
+            found[f"{one} over {other}"] = {"value": gain, "stderr": error}
     return found
 
 
@@ -162,7 +154,7 @@ def table(found: dict[str, Any]) -> Table:
             validation, test = (f"{100 * row[part][figure]['value']:.1f}" for part in ("validation", "test"))
             gain, loss = (_gain(row["test"][key], scale) for key, scale in ((figure, 100), ("log_loss", 1)))
             shown.add_row("", name, what, trials, validation, test, gain, loss, f"{row['perplexity']:.1f}")
-        for name in ("trawl over laser", "composed over laser", "composed over trawl"):
+        for name in (f"{one} over {other}" for one, other in COMPARED):
             if name in figures:
                 difference = figures[name]
                 text = f"{100 * difference['value']:+.1f} ± {100 * difference['stderr']:.1f}"
@@ -193,8 +185,11 @@ def main() -> None:
     tasks = options.task or list(TASKS)
     with ThreadPoolExecutor(options.at_once) as pool:
         running = [pool.submit(sweep, task, study, options) for study in STUDIES for task in tasks]
-        for study in running:
-            study.result()
+        try:
+            for study in running:
+                study.result()
+        finally:  # of those that have not begun, where one failed
+            pool.shutdown(wait=False, cancel_futures=True)
     found: dict[str, Any] = {"base perplexity": perplexity(options.model, options)}
     found |= {task: compare(task, options) for task in tasks}
     Console(width=200).print(table(found))

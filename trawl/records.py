@@ -233,7 +233,7 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
         settings += f" {_calibrated(planned.moments)}"
     if planned.anchor:
         settings += f" {_anchored(planned.anchor)}"
-    if planned.refit:
+    if planned.refit and planned.refitted:
         tokens = planned.refit.windows.numel()
         settings += f" FCs were refitted on {tokens:,} tokens of that text."
     meaning, after = (NARROW_MEANING, "kept") if planned.narrowed else (MEANING, "in factors")

@@ -80,8 +80,23 @@ def test_the_error_is_that_of_what_was_written(model, text, tmp_path):
     assert errors(report) == [pytest.approx((missed / float((weight * y.square()).sum())) ** 0.5, rel=1e-3)]
 
 
+def test_units_are_chosen_by_weighted_tokens(model, text, tmp_path, monkeypatch):
+    """What chooses them is E[a aᵀ], each token by 1 / mean(h²) of the stream h behind the FC."""
+    found, given, streams = [], [], []
+    original = fitting.Refit.solve
+    monkeypatch.setattr(fitting.Refit, "solve", lambda fc: found.append(fc.second) or original(fc))
+    run(model, text, tmp_path / "out", {"refit": True, "layers": "0", "write": "factored"})
+    source = trawl.load(model)
+    source.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, x: given.append(x[0].flatten(0, -2)))
+    source.model.layers[0].register_forward_hook(lambda _, x, y: streams.append(y.flatten(0, -2)))
+    with torch.no_grad():
+        source(open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192).windows)
+    weight = 1 / (streams[0].square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(found[0], (weight * given[0]).T @ given[0] / weight.sum(), rtol=1e-3, atol=1e-6)
+
+
 def test_a_later_fc_repairs_half_of_what_the_stream_misses(model, text, tmp_path, monkeypatch):
-    """With more of it, or none, the whole model is further from the original."""
+    """With none of it the whole model is further from the original."""
     found = {}
     for share in (0.0, 0.5):
         monkeypatch.setattr(fitting, "REPAIRED", share)
