@@ -3,9 +3,9 @@
     python benchmarks/factored.py MODEL
 
 All FC stacks become Tucker [3, r, r], one stack a layer, at the rank that keeps half of their parameters, or at
-``--rank``. The dense side is ``--write dense`` of the same recipe, so that both compute the same function. Speeds are
-medians of runs that alternate between the two, without gradients, as generate runs, with the weights of both in
-anonymous memory.
+``--rank``; with ``--method svd`` gate and up become one matrix of that rank, and down another. The dense side is
+``--write dense`` of the same recipe, so that both compute the same function. Speeds are medians of runs that alternate
+between the two, without gradients, as generate runs, with the weights of both in anonymous memory.
 
 The attainable ratios beside them are of the linear modules. For decode, of weights read a token: the larger if each
 factor comes from memory once, the smaller if left and right, which gate and up need first and down again, come twice,
@@ -14,7 +14,7 @@ because they have left the cache in between. For prefill, of multiplications a t
 with left of its own: 2 · hidden · r + 3 · (r² + inner · r). Half of the parameters mean
 inner · r + hidden · r + 3 · r² = 1.5 · inner · hidden, so these are 1.5 · inner · hidden + (hidden + 2 · inner) · r,
 less than dense only for r under 1.5 · inner · hidden / (hidden + 2 · inner). With inner = 1536 and hidden = 576 that is
-r = 363, but half of the parameters give r = 400.
+r = 363, but half of the parameters give r = 400. An SVD reads and multiplies each of its parameters once.
 """
 
 from __future__ import annotations
@@ -63,18 +63,19 @@ print(before, peak)
 """
 
 
-def recipe_of(rank: int) -> trawl.Recipe:
-    """Return the recipe of all FC stacks at one rank."""
-    return trawl.Recipe(method="tucker", rank=rank, roles="fc", group_layers=1, write="factored")
+def recipe_of(method: str, rank: int) -> trawl.Recipe:
+    """Return the recipe of all FC stacks at one rank; an SVD joins gate and up."""
+    share = {"share": "input"} if method == "svd" else {}
+    return trawl.Recipe(method=method, rank=rank, roles="fc", group_layers=1, write="factored", **share)
 
 
-def half_rank(model: str) -> tuple[trawl.Recipe, Plan]:
-    """Return the recipe with the largest rank at which every FC stack keeps at most half of its parameters."""
+def half_rank(model: str, method: str) -> tuple[trawl.Recipe, Plan]:
+    """Return the recipe with the largest rank at which the FC stacks keep at most half of their parameters."""
     rank = 1
     while True:
-        planned = trawl.plan(model, recipe_of(rank + 1))
-        if any(2 * item.parameters_after > item.stack.parameters for item in planned.stacks):
-            return recipe_of(rank), trawl.plan(model, recipe_of(rank))
+        planned = trawl.plan(model, recipe_of(method, rank + 1))
+        if 2 * sum(item.parameters_after for item in planned.stacks) > sum(s.stack.parameters for s in planned.stacks):
+            return recipe_of(method, rank), trawl.plan(model, recipe_of(method, rank))
         rank += 1
 
 
@@ -153,6 +154,9 @@ def attainable(planned: Plan) -> dict[str, str]:
     products = again = 0
     for item in planned.stacks:
         (_, inner, hidden), (_, r1, r2) = item.stack.shape, item.rank
+        if planned.recipe.method == "svd":
+            products += item.parameters_after  # each is read and multiplied once
+            continue
         products += hidden * r2 + 3 * (r1 * r2 + inner * r1) + hidden * r2  # gate and up share the first product
         again += inner * r1 + hidden * r2
     rest = linear - before
@@ -177,13 +181,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--method", choices=("tucker", "svd"), default="tucker")
     parser.add_argument("--rank", type=int, help="by default what keeps half of the parameters")
     arguments = parser.parse_args()
     if arguments.rank:
-        recipe, planned = recipe_of(arguments.rank), trawl.plan(arguments.model, recipe_of(arguments.rank))
+        recipe = recipe_of(arguments.method, arguments.rank)
+        planned = trawl.plan(arguments.model, recipe)
     else:
-        recipe, planned = half_rank(arguments.model)
-    table = Table(title=f"{Path(arguments.model).name}, Tucker [3, {recipe.rank}, {recipe.rank}] on every FC stack")
+        recipe, planned = half_rank(arguments.model, arguments.method)
+    ranks = (
+        f"Tucker [3, {recipe.rank}, {recipe.rank}]" if recipe.method == "tucker" else f"joint SVD, rank {recipe.rank},"
+    )
+    table = Table(title=f"{Path(arguments.model).name}, {ranks} on every FC stack")
     for column in ("what", "dense", "factored", "ratio", "attainable"):
         table.add_column(column, justify="left" if column == "what" else "right")
     with tempfile.TemporaryDirectory() as scratch:

@@ -63,6 +63,8 @@ def names_of(piece):
     """Names of the stacks that a piece becomes; a rank of 0 is a matrix that stays dense."""
     if piece["structure"] in ("dense", "narrow"):
         return [piece["name"]] * (piece["structure"] == "narrow")
+    if piece["structure"] in ("tucker", "cp"):
+        return [piece["name"]]
     groups = piece["roles"]
     if piece["structure"] == "joint":
         groups = ["gateup", "down"] if "gate" in groups else [piece["name"].partition(".")[0]]
@@ -120,15 +122,15 @@ def test_damages_that_were_measured_are_used_again_and_an_interrupted_search_goe
 
         monkeypatch.setattr(damage_module.Gauge, "measure", measure)
 
-    stop_at_layer(0)
+    stop_at_layer(2)
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", text, keep=0.8)
-    assert measured == [2, 1]
+    assert measured == [0, 1]  # where structures are tried: two layers that could share
     assert (tmp_path / "out.search").is_dir()
     measured.clear()
     stop_at_layer(-1)
     compress(model, tmp_path / "out", text, keep=0.8)
-    assert measured[0] == 0
+    assert measured[0] == 2
     assert not (tmp_path / "out.search").exists()
     monkeypatch.setattr(damage_module.Gauge, "measure", original)
     compress(model, tmp_path / "undisturbed", text, keep=0.8)

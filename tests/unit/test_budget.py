@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from trawl.budget import Form, Option, choose, make_pieces
 from trawl.budget.curves import Point, Workshop
 from trawl.budget.ledger import Measured
+from trawl.budget.pieces import SMALLEST, TRIAL_SHARES, Piece, make_pairs
+from trawl.budget.trials import close_ones, probe_blocks
 from trawl.calibration import make_moments, random_calibration
+from trawl.calibration.weights import stack_weights
 from trawl.checkpoint import open_folder
 from trawl.errors import PlanError
 from trawl.planning import match_checkpoint
@@ -33,6 +37,40 @@ def test_the_choice_is_the_best_of_all_that_fit(menus, budget):
             choose(menus, budget)
         return
     chosen = [menu[index] for menu, index in zip(menus, choose(menus, budget), strict=True)]
+    assert sum(option.size for option in chosen) <= budget
+    assert sum(option.damage for option in chosen) == pytest.approx(min(fitting), abs=1e-9)
+
+
+@given(
+    st.lists(st.lists(OPTIONS, min_size=1, max_size=3), min_size=2, max_size=4),
+    st.lists(OPTIONS, min_size=1, max_size=3),
+    st.lists(OPTIONS, min_size=1, max_size=3),
+    st.integers(0, 200),
+)
+def test_a_menu_in_place_of_two_others_is_chosen_where_it_is_better(menus, of_first_two, of_last_two, budget):
+    count = len(menus)
+    covers = [*((place,) for place in range(count)), (0, 1), (count - 2, count - 1)]
+    everything = [*menus, of_first_two, of_last_two]
+    fitting = []
+    for pattern in itertools.product([False, True], repeat=2):
+        used = [number for number in (count, count + 1) if pattern[number - count]]
+        taken_places = [place for number in used for place in covers[number]]
+        if len(taken_places) > len(set(taken_places)):
+            continue
+        used += [place for place in range(count) if place not in taken_places]
+        fitting += [
+            sum(option.damage for option in taken)
+            for taken in itertools.product(*(everything[number] for number in used))
+            if sum(option.size for option in taken) <= budget
+        ]
+    if sum(min(option.size for option in menu) for menu in menus) > budget:
+        with pytest.raises(PlanError, match="out of reach"):
+            choose(everything, budget, covers)
+        return
+    indices = choose(everything, budget, covers)
+    seen = [place for number, index in enumerate(indices) if index is not None for place in covers[number]]
+    assert sorted(seen) == list(range(count))
+    chosen = [menu[index] for menu, index in zip(everything, indices, strict=True) if index is not None]
     assert sum(option.size for option in chosen) <= budget
     assert sum(option.damage for option in chosen) == pytest.approx(min(fitting), abs=1e-9)
 
@@ -108,6 +146,89 @@ def test_every_curve_says_what_its_forms_really_lose(workshop):
                 assert point.loss == pytest.approx(real, rel=0.05, abs=1e-6), (piece.name, structure, point.form)
             seen.add(structure)
     assert seen == {"narrow", "joint", "single"}
+
+
+def test_a_trial_is_offered_at_sizes_whose_loss_falls_and_multiplies_out_to_what_it_says(workshop):
+    workshop, pieces = workshop
+    fc = next(piece for piece in pieces if piece.cut)
+    for structure in fc.trials:
+        points = workshop.curve(fc, structure, None)
+        sizes, losses = [point.form.parameters for point in points], [point.loss for point in points]
+        assert sizes == sorted(set(sizes))
+        assert losses == sorted(losses, reverse=True)
+        assert 0.1 * fc.parameters <= sizes[0] < SMALLEST * fc.parameters * 1.5
+        assert 0.8 * fc.parameters < sizes[-1] < fc.parameters
+        for share in TRIAL_SHARES[structure]:
+            form = fc.of_share(structure, share)
+            (point,) = [point for point in points if point.form == form]
+            assert share - 0.06 <= form.parameters / fc.parameters <= share
+            changed = workshop.tensors(fc, form, None)
+            assert set(changed) == {part.tensor for part in fc.slices}
+            weights = stack_weights(workshop.moments, fc.stacks(structure)[0])
+            missed = whole = 0.0
+            for s, part in enumerate(fc.slices):
+                before, after = (
+                    part.view.apply(t).double() for t in (workshop.checkpoint.read(part.tensor), changed[part.tensor])
+                )
+                sides = [side[s].double() if side[s] is not None else None for side in (weights.inner, weights.hidden)]
+                missed += weighed(before - after, *sides)
+                whole += weighed(before, *sides)
+            assert point.loss == pytest.approx(missed / whole, rel=0.05)
+    assert set(fc.trials) == {"tucker", "cp"}
+
+
+def weighed(matrix, inner, hidden):
+    left = matrix if inner is None else inner @ matrix
+    right = matrix if hidden is None else matrix @ hidden
+    return float((left * right).sum())
+
+
+def test_two_layers_share_the_right_factor_of_what_reads_one_kind_of_input(workshop):
+    workshop, pieces = workshop
+    pairs = {pair.name: pair for pair in make_pairs(pieces)}
+    assert set(pairs) == {"fc.0+1", "qkv.0+1"}  # the third layer has no partner, and o reads an inner side
+    pair = pairs["qkv.0+1"]
+    assert pair.layers == (0, 1)
+    assert pair.covers == ("qkv.0", "qkv.1")
+    (stack,) = pair.stacks("shared")
+    assert stack.joined
+    points = workshop.curve(pair, "shared", None)
+    form = points[len(points) // 2].form
+    changed = workshop.tensors(pair, form, None)
+    parts = {part.role + str(part.layer): part.view.apply(changed[part.tensor]).double() for part in pair.slices}
+    assert torch.linalg.matrix_rank(torch.cat(list(parts.values())), rtol=1e-5) == form.sizes[0]
+    (recipe,) = pair.recipes(form)
+    assert recipe == {
+        "method": "svd",
+        "rank": form.sizes[0],
+        "layers": "0,1",
+        "roles": "q,k,v",
+        "group_layers": 2,
+        "share": "input",
+    }
+
+
+@pytest.mark.parametrize(("damage", "close"), [(0.05, {"tucker"}), (0.5, set())])
+def test_a_trial_is_measured_everywhere_only_if_it_came_close(damage, close, workshop):
+    workshop, pieces = workshop
+    fc = next(piece for piece in pieces if piece.cut)
+    forms = {structure: fc.of_share(structure, 0.6) for structure in ("tucker", "cp")}
+    narrow = fc.narrow(fc.widths()[-1] // 2)
+    assert narrow.parameters <= forms["tucker"].parameters
+    points = [Point(narrow, 1.0), *(Point(form, 0.1) for form in forms.values())]
+    damages = {("narrow", narrow.sizes): (0.1, 0.0), ("tucker", forms["tucker"].sizes): (damage, 0.0)}
+    damages["cp", forms["cp"].sizes] = (9.0, 0.0)
+    tried = Measured(fc, points, damages)
+    assert close_ones(tried, {fc.name: tried}, keep=0.8) == close
+    assert close_ones(tried, {fc.name: tried}, keep=1.3) == set()  # it is smaller than half of that
+
+
+def test_trials_are_made_in_a_few_blocks_that_are_spread():
+    def piece(layer, *members):
+        return Piece("x", (SimpleNamespace(layer=layer),), members=members)
+
+    assert probe_blocks([piece(layer) for layer in range(30)]) == [7, 22]
+    assert probe_blocks([piece(0), piece(1), piece(2), piece(0, "a", "b")]) == [0]
 
 
 def test_pieces_hold_every_matrix_once(workshop):

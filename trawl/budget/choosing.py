@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,15 +29,20 @@ class Option:
     damage: float
 
 
-def choose(menus: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:
+def choose(
+    menus: Sequence[Sequence[Option]], budget: int, covers: Sequence[Sequence[Hashable]] | None = None
+) -> tuple[int | None, ...]:
     """Return which option of each menu to take.
 
-    Minimizes ``Σ damage`` subject to ``Σ size ≤ budget``, one option from every menu: the multiple-choice knapsack.
+    Minimizes ``Σ damage`` subject to ``Σ size ≤ budget``, one option for every place: the multiple-choice knapsack,
+    where some menus may be in place of several others.
 
     Args:
         menus: at least one option each.
         budget: largest sum of sizes; it is never exceeded.
-    Returns: one index per menu; of equal optima the one found first, always the same.
+        covers: the places of each menu; of menus that cover a place together one is used. Every place has a menu for
+            itself alone. By default each menu has a place of its own.
+    Returns: one index per menu, None for one that is not used; of equal optima the one found first, always the same.
     Raises: PlanError: even the smallest options exceed the budget.
     Cost: branch and bound over the options that no other undercuts in size and damage; its relaxation is fractional in
         one menu only, so that few branches are needed: seconds for five thousand options. The search ends after
@@ -46,13 +51,16 @@ def choose(menus: Sequence[Sequence[Option]], budget: int) -> tuple[int, ...]:
         2018, doi:10.1007/s12532-017-0130-5
     """
     fronts = [_front(menu) for menu in menus]
-    least = sum(menu[front[0]].size for menu, front in zip(menus, fronts, strict=True))
+    covers = covers or [(place,) for place in range(len(menus))]
+    alone = {places[0]: number for number, places in enumerate(covers) if len(places) == 1}
+    smallest = {place: fronts[number][0] for place, number in alone.items()}
+    least = sum(menus[alone[place]][index].size for place, index in smallest.items())
     if least > budget:
         raise PlanError(f"a budget of {budget:,} is out of reach: the smallest options take {least:,}")
     allowed = budget
     while True:
-        taken = _solve(menus, fronts, allowed)
-        excess = sum(menu[index].size for menu, index in zip(menus, taken, strict=True)) - budget
+        taken = _solve(menus, fronts, covers, allowed)
+        excess = sum(menu[index].size for menu, index in zip(menus, taken, strict=True) if index is not None) - budget
         if excess <= 0:
             return taken
         allowed -= excess  # the solver's tolerance, in floating point
@@ -69,15 +77,21 @@ def _front(menu: Sequence[Option]) -> list[int]:
     return front
 
 
-def _solve(menus: Sequence[Sequence[Option]], fronts: Sequence[Sequence[int]], budget: int) -> tuple[int, ...]:
+def _solve(
+    menus: Sequence[Sequence[Option]],
+    fronts: Sequence[Sequence[int]],
+    covers: Sequence[Sequence[Hashable]],
+    budget: int,
+) -> tuple[int | None, ...]:
     """Solve the knapsack within the solver's tolerances."""
-    numbered = [(place, index) for place, front in enumerate(fronts) for index in front]
+    numbered = [(menu, index) for menu, front in enumerate(fronts) for index in front]
     if not numbered:
         return ()
-    damage = np.array([menus[place][index].damage for place, index in numbered])
-    size = np.array([menus[place][index].size for place, index in numbered], dtype=float)
-    places = [place for place, _ in numbered]
-    one_each = csr_array((np.ones(len(numbered)), (places, np.arange(len(numbered)))), (len(menus), len(numbered)))
+    damage = np.array([menus[menu][index].damage for menu, index in numbered])
+    size = np.array([menus[menu][index].size for menu, index in numbered], dtype=float)
+    rows = {place: row for row, place in enumerate(dict.fromkeys(place for places in covers for place in places))}
+    marks = [(rows[place], column) for column, (menu, _) in enumerate(numbered) for place in covers[menu]]
+    one_each = csr_array((np.ones(len(marks)), tuple(zip(*marks, strict=True))), (len(rows), len(numbered)))
     found = milp(
         damage / (damage.max() or 1.0),
         integrality=np.ones(len(numbered)),
@@ -87,5 +101,5 @@ def _solve(menus: Sequence[Sequence[Option]], fronts: Sequence[Sequence[int]], b
     )
     if found.x is None:
         raise PlanError(f"no choice within {budget:,} was found: {found.message}")
-    taken = {place: index for (place, index), share in zip(numbered, found.x, strict=True) if share > 0.5}
-    return tuple(taken[place] for place in range(len(menus)))
+    taken = {menu: index for (menu, index), share in zip(numbered, found.x, strict=True) if share > 0.5}
+    return tuple(taken.get(menu) for menu in range(len(menus)))

@@ -1,27 +1,32 @@
 """Curves: what each size of a piece loses, by the weighted error that its decomposition minimizes.
 
-Losses of one piece are in one unit, E‖e‖² of its outputs as gradients weigh them, so that its structures compare.
+Losses of one piece are in one unit, E‖e‖² of its outputs as gradients weigh them, so that its structures compare; those
+of Tucker and CP are shares of the whole, and compare with each other only.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trawl.budget.pieces import RANK_STEP, SMALLEST, Form, Piece, Structure, side_of
+from trawl.budget.pieces import RANK_STEP, SMALLEST, TRIAL_SHARES, Form, Piece, Structure, side_of
 from trawl.calibration import Moment, Moments
 from trawl.calibration.weights import stack_weights
 from trawl.checkpoint import Checkpoint
-from trawl.decompose import SVD
 from trawl.factors import Factors
 from trawl.narrowing import Cut, Elimination, eliminate_units, narrow_stack, padded_tensors
 from trawl.stacking import Stack, StoredSlices
 from trawl.writing import DenseWriter, SquaredErrors
+
+TRIAL_STEPS = 20  # shares of a piece that Tucker and CP are offered at
+RECENT = 4  # forms of Tucker and CP that are measured next to each other
+TINY = 1e-9  # relative error that no loss is taken to be under
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Workshop:
     checkpoint: Checkpoint
     moments: Moments
     device: torch.device
+    _recent: dict[tuple[str, Form], dict[str, Factors]] = field(default_factory=dict, init=False)
 
     def curve(self, piece: Piece, structure: Structure, elimination: Elimination | None) -> list[Point]:
         """Return the sizes of a structure, ascending, each with its loss.
@@ -67,8 +73,11 @@ class Workshop:
             piece: the piece.
             structure: one of its structures.
             elimination: of its units, for ``narrow``.
-        Cost: eigenvalues of one matrix of each stack's input, or nothing.
+        Cost: eigenvalues of one matrix of each stack's input, or nothing; of ``tucker`` and ``cp`` a decomposition for
+            each of ``TRIAL_SHARES``.
         """
+        if structure in ("tucker", "cp"):
+            return self._fitted_curve(piece, structure)
         if structure != "narrow":
             return self._svd_curve(piece, structure)
         assert elimination is not None
@@ -127,6 +136,40 @@ class Workshop:
                 heapq.heappush(queue, gain(number))
         return points
 
+    def _fitted_curve(self, piece: Piece, structure: Structure) -> list[Point]:
+        """Decompose to a few sizes; between them and beyond, the logarithm of the loss goes with the share kept."""
+        known = []
+        for share in TRIAL_SHARES[structure]:
+            form = piece.of_share(structure, share)
+            error = self._factors(piece, form)[piece.stacks(structure)[0].name].weighted_error
+            assert error is not None
+            known.append((share, form, math.log(max(error, TINY)) * 2))
+        (low, _, most), (high, _, least) = known[0], known[-1]
+        slope = min((least - most) / (high - low), 0.0)
+        points = [Point(form, math.exp(loss)) for _, form, loss in known]
+        taken = {point.form.parameters for point in points}
+        for step in range(math.ceil(SMALLEST * TRIAL_STEPS), TRIAL_STEPS):
+            form = piece.of_share(structure, step / TRIAL_STEPS)
+            if form.parameters not in taken and form.parameters < piece.parameters:
+                taken.add(form.parameters)
+                points.append(Point(form, math.exp(most + slope * (step / TRIAL_STEPS - low))))
+        return sorted(points, key=lambda point: point.form.parameters)
+
+    def _factors(self, piece: Piece, form: Form) -> dict[str, Factors]:
+        """Decompose the stacks of a form; those of the last few are kept, as their damage is asked for next."""
+        key = piece.name, form
+        if key not in self._recent:
+            found = {}
+            for stack, method in piece.methods(form):
+                if method:
+                    source = StoredSlices(self.checkpoint, stack, 1.0, self.device)
+                    made = method.decompose(source, weights=stack_weights(self.moments, stack))
+                    found[stack.name] = made.to(device="cpu")
+            while len(self._recent) >= RECENT:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[key] = found
+        return self._recent[key]
+
     def _spectrum(self, stack: Stack) -> Tensor:
         """Return the squared weighted singular values of a matrix, descending, float64."""
         weights = stack_weights(self.moments, stack)
@@ -154,13 +197,9 @@ class Workshop:
             return {}
         if form.structure == "narrow":
             return self._narrowed(piece, form.sizes[0], elimination)
-        stacks, factors = piece.stacks(form.structure), dict[str, Factors]()
-        for stack, rank in ((stack, rank) for stack, rank in zip(stacks, form.sizes, strict=True) if rank):
-            source = StoredSlices(self.checkpoint, stack, 1.0, self.device)
-            weights = stack_weights(self.moments, stack)
-            factors[stack.name] = SVD(rank=rank).decompose(source, weights=weights).to(device="cpu")
+        factors = self._factors(piece, form)
         ones = dict.fromkeys(factors, 1.0)
-        changed = tuple(stack for stack in stacks if stack.name in factors)
+        changed = tuple(stack for stack in piece.stacks(form.structure) if stack.name in factors)
         writer = DenseWriter(self.checkpoint, changed, factors.__getitem__, ones)
         names = dict.fromkeys(name for stack in changed for name in stack.tensors)
         return {name: writer.replaced(name, SquaredErrors()) for name in names}

@@ -86,12 +86,12 @@ class Gauge:
             self._entering.clear()
 
     def measure(self, number: int, changes: Sequence[Changed]) -> list[Damage]:
-        """Return the damage of each of some changes of one block.
+        """Return the damage of each of some changes from one block on.
 
         A few windows are run first, and further ones for changes whose :attr:`Damage.suffices` is not true by then.
 
         Args:
-            number: the block.
+            number: the first block that any of them changes.
             changes: stored tensors by name, in place of the checkpoint's.
         Raises: CheckpointError: the changed model computes NaN.
         Cost: the blocks from that one on and the head, once a change.
@@ -99,19 +99,28 @@ class Gauge:
         values: list[list[float]] = [[] for _ in changes]
         unsure = list(range(len(changes)))
         for entering, leaving in zip(self._entering[number], self._entering[-1], strict=True):
-            batches = []
-            for place in unsure:
-                with self.chain.loaded(number, changes[place]) as block:
-                    batches.append(block.run(entering))
-            for later in range(number + 1, len(self.chain)):
-                with self.chain.loaded(later) as block:
-                    batches = [block.run(batch) for batch in batches]
+            batches = [entering] * len(unsure)
+            for later in range(number, len(self.chain)):
+                batches = self._run(later, batches, [changes[place] for place in unsure])
             for place, found in zip(unsure, self._divergences(batches, leaving), strict=True):
                 values[place] += found
             unsure = [place for place in unsure if not self._damage(values[place]).suffices]
             if not unsure:
                 break
         return [self._damage(each) for each in values]
+
+    def _run(self, number: int, batches: Sequence[Batch], changes: Sequence[Changed]) -> list[Batch]:
+        """Run each batch through a block as its change makes it; it is loaded once for all that leave it as it is."""
+        names, found = self.chain.tensors(number), list(batches)
+        alike = [place for place, changed in enumerate(changes) if not any(name in changed for name in names)]
+        if alike:
+            with self.chain.loaded(number) as block:
+                for place in alike:
+                    found[place] = block.run(batches[place])
+        for place in set(range(len(changes))).difference(alike):
+            with self.chain.loaded(number, changes[place]) as block:
+                found[place] = block.run(batches[place])
+        return found
 
     def measure_all(self, changed: Changed) -> Damage:
         """Return the damage of a change of any number of blocks.

@@ -15,6 +15,7 @@ import torch
 
 from trawl.budget.curves import Workshop
 from trawl.budget.ledger import Ledger
+from trawl.budget.pieces import Structure
 from trawl.budget.searching import Found, Searcher, check_budget
 from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, open_moments, random_calibration
 from trawl.calibration.moments import RECORD
@@ -136,7 +137,8 @@ def find(question: Question, ray: str | None = None, observer: Observer = silent
         ray: ``local``, or the address of a Ray cluster whose workers measure, each on ``OMP_NUM_THREADS`` CPUs, else 1.
         observer: told of progress.
     Raises: TrawlError: the budget or the text cannot be used.
-    Cost: of a calibration; then for every block up to seven runs of some thousand tokens from there on.
+    Cost: of a calibration; then for every block up to seven runs of some thousand tokens from there on, and in two of
+        them everything that is tried.
     """
     if question.calibrate is None:
         LOG.warning(
@@ -152,20 +154,18 @@ def find(question: Question, ray: str | None = None, observer: Observer = silent
         if ray is not None:
             with connected(ray, question.device) as cluster:
                 assert cluster is not None
-                measure_on(cluster, question, searcher.blocks, searcher.checkpoint.fingerprint, observer)
+                measure_on(cluster, question, searcher, observer)
         return searcher.mixed()
 
 
-def measure_on(
-    cluster: Cluster, question: Question, blocks: Sequence[int], fingerprint: str, observer: Observer
-) -> None:
+def measure_on(cluster: Cluster, question: Question, searcher: Searcher, observer: Observer) -> None:
     """Let the workers of a Ray cluster measure blocks into the ledger; one that dies is replaced, and goes on.
 
     Args:
         cluster: the connection.
         question: what is searched; its moments are there.
-        blocks: to measure, dealt out to as many tasks as there is room for.
-        fingerprint: of the checkpoint that this process has; a task refuses another.
+        searcher: of this process. What is tried in a few blocks it tries itself; all blocks are then dealt out to as
+            many tasks as there is room for, and a task refuses another checkpoint.
         observer: told of progress, in tasks.
     Raises: TrawlError: what a task raised. PlanError: a task's worker died again and again.
     """
@@ -179,9 +179,9 @@ def measure_on(
         calibrate=question.calibrate and local_path(question.calibrate),
         device=cluster.device,
     )
-    count = max(cluster.room, 1)
+    count, fingerprint, trials = max(cluster.room, 1), searcher.checkpoint.fingerprint, searcher.trials
     replies = [
-        task.remote(told, list(blocks[number::count]), fingerprint, cluster.threads, cluster.folder)
+        task.remote(told, searcher.blocks[number::count], trials, fingerprint, cluster.threads, cluster.folder)
         for number in range(count)
     ]
     waiting = list(replies)
@@ -198,7 +198,9 @@ def measure_on(
     observer("measuring damage on Ray", len(replies), len(replies))
 
 
-def _measure_blocks(question: Question, blocks: Sequence[int], fingerprint: str, threads: int, cwd: str) -> None:
+def _measure_blocks(  # noqa: PLR0917 (Ray passes them by place)
+    question: Question, blocks: Sequence[int], trials: frozenset[Structure], fingerprint: str, threads: int, cwd: str
+) -> None:
     """Measure some blocks in a Ray worker."""
     begin_work(threads, cwd)
     with question.searcher() as searcher:
@@ -208,4 +210,4 @@ def _measure_blocks(question: Question, blocks: Sequence[int], fingerprint: str,
                 "Ray cluster the same"
             )
         for block in blocks:
-            searcher.measure(block)
+            searcher.measure(block, trials)

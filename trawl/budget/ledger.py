@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from trawl.budget.curves import Point, Workshop
-from trawl.budget.pieces import Form, Piece, Structure
+from trawl.budget.pieces import TRIAL_SHARES, Form, Piece, Structure
 from trawl.calibration import Moments
 from trawl.narrowing import Elimination
 from trawl.shards import sealed
@@ -43,9 +43,9 @@ class Measured:
     damages: dict[Key, tuple[float, float]] = field(default_factory=dict)
 
     def options(self) -> list[tuple[Form, float]]:
-        """Return all forms with their predicted damages, the dense one first."""
-        dense = (Form(DENSE, (), self.piece.parameters), 0.0)
-        return [dense, *((point.form, self.predict(point)) for point in self.points)]
+        """Return all forms with their predicted damages, the dense one first; a piece of two layers has none."""
+        dense = [] if self.piece.members else [(Form(DENSE, (), self.piece.parameters), 0.0)]
+        return [*dense, *((point.form, self.predict(point)) for point in self.points)]
 
     def predict(self, point: Point) -> float:
         """Return the damage of a form: as measured, or carried over from the measured sizes by its loss.
@@ -72,11 +72,12 @@ class Measured:
     def references(self) -> list[Point]:
         """Return the points that are measured: one or two sizes of each structure, where it might be chosen."""
         found: list[Point] = []
-        for structure in self.piece.structures:
+        for structure in (*self.piece.structures, *self.piece.trials):
             points = [point for point in self.points if point.form.structure == structure]
             if not points or (structure == "single" and "joint" in self.piece.structures):
                 continue
-            shares = (0.85, 0.5) if self.piece.cut is None or structure == "narrow" else (0.6,)
+            shares: tuple[float, ...] = (0.85, 0.5) if self.piece.cut is None or structure == "narrow" else (0.6,)
+            shares = TRIAL_SHARES.get(structure, shares)
             nearest = [_nearest(points, share * self.piece.parameters) for share in shares]
             found += {id(point): point for point in nearest}.values()
         return found

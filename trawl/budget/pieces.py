@@ -7,17 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trawl.decompose import CP, SVD, Tucker
 from trawl.errors import PlanError
 from trawl.families import FC, FamilyMatch, Placement
 from trawl.narrowing import Cut
 from trawl.recipe import Recipe
 from trawl.stacking import READ_INNER, Stack, make_stacks
 
-Structure = Literal["dense", "narrow", "joint", "single"]
+Structure = Literal["dense", "narrow", "joint", "single", "shared", "tucker", "cp"]
 
 SMALLEST = 0.2  # of a piece's parameters, below which nothing is left of a model
 WIDTH_STEPS = 96  # widths that are tried between nothing and all
 RANK_STEP = 8
+TRIAL_SHARES: dict[Structure, tuple[float, float]] = {"tucker": (0.3, 0.6), "cp": (0.2, 0.4)}  # that are decomposed to
+LOOSE = 1e-3  # change of fit under which Tucker and CP stop while sizes are compared; more sweeps say little more
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,11 @@ class Form:
     """One way to store a piece.
 
     Attributes:
-        structure: ``dense``; ``narrow``, with fewer inner units; or decomposed by weighted SVD, matrices that read the
-            same input ``joint`` or every matrix ``single``.
-        sizes: the width, or the rank of each of the structure's stacks, 0 for one that stays dense; none of a form
-            that is dense throughout.
+        structure: ``dense``; ``narrow``, with fewer inner units; decomposed by weighted SVD, matrices that read the
+            same input ``joint``, those of two layers ``shared``, or every matrix ``single``; or the whole FC as one
+            stack, by ``tucker`` or ``cp``.
+        sizes: the width; the rank of each of an SVD's stacks, 0 for one that stays dense; the ranks (inner, hidden) of
+            Tucker; the rank of CP; none of a form that is dense throughout.
         parameters: that it holds.
     """
 
@@ -39,22 +43,34 @@ class Form:
 
 @dataclass(frozen=True)
 class Piece:
-    """Matrices of one layer that are chosen together: a whole FC, or those that read one input.
+    """Matrices that are chosen together: of one layer a whole FC, or those that read one input; or both of two layers.
 
     Attributes:
         name: unique within a model.
         slices: the matrices.
         cut: how units can be left out, for a whole FC; its ``keep`` says nothing.
+        members: names of the two pieces that this one is in place of, where it is one of two layers.
     """
 
     name: str
     slices: tuple[Placement, ...]
     cut: Cut | None = None
+    members: tuple[str, ...] = ()
 
     @property
     def layer(self) -> int:
-        """The layer that it lies in."""
+        """The layer that it lies in, the first of two."""
         return self.slices[0].layer
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers that it lies in."""
+        return tuple(dict.fromkeys(part.layer for part in self.slices))
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """The pieces of one layer that it stands for."""
+        return self.members or (self.name,)
 
     @property
     def parameters(self) -> int:
@@ -63,13 +79,26 @@ class Piece:
 
     @property
     def structures(self) -> tuple[Structure, ...]:
-        """Those that it can have beside dense."""
+        """Those that it can have beside dense and its :attr:`trials`."""
+        if self.members:
+            return ()
         joint = any(stack.joined for stack in self.stacks("joint"))
         return (*(("narrow",) if self.cut else ()), *(("joint",) if joint else ()), "single")
 
+    @property
+    def trials(self) -> tuple[Structure, ...]:
+        """Those that are seldom the best, and are tried in a few places first."""
+        if self.members:
+            return ("shared",)
+        return ("tucker", "cp") if self.cut and len(self.stacks("tucker")) == 1 else ()
+
     def stacks(self, structure: Structure) -> list[Stack]:
-        """Return what an SVD decomposes."""
-        return make_stacks(self.slices, 1, single=True, share="input" if structure == "joint" else "none")
+        """Return what is decomposed."""
+        if structure in ("tucker", "cp"):
+            return make_stacks(self.slices, 1)
+        if structure == "single":
+            return make_stacks(self.slices, 1, single=True)
+        return make_stacks(self.slices, len(self.covers), single=True, share="input")
 
     def narrow(self, width: int) -> Form:
         """Return the form with fewer units."""
@@ -83,22 +112,48 @@ class Piece:
         step = max(1, units // WIDTH_STEPS)
         return list(range(max(step, math.ceil(SMALLEST * units / step) * step), units, step))
 
-    def decomposed(self, structure: Structure, ranks: Sequence[int]) -> Form:
-        """Return the form with these ranks of its stacks, 0 for a dense one."""
-        sizes = [
-            rank * side_of(stack) or stack.parameters for rank, stack in zip(ranks, self.stacks(structure), strict=True)
-        ]
-        return Form(structure, tuple(ranks), sum(sizes))
+    def decomposed(self, structure: Structure, sizes: Sequence[int]) -> Form:
+        """Return the form with these ranks, 0 for a stack that stays dense."""
+        methods = self.methods(Form(structure, tuple(sizes), 0))
+        after = [method.parameters(stack.shape) if method else stack.parameters for stack, method in methods]
+        return Form(structure, tuple(sizes), sum(after))
+
+    def of_share(self, structure: Structure, share: float) -> Form:
+        """Return the largest form of an FC by ``tucker`` or ``cp`` that holds at most a share of its parameters."""
+        (stack,) = self.stacks(structure)
+        size, inner, hidden = stack.shape
+        budget, sides = share * stack.parameters, inner + hidden
+        if structure == "cp":
+            return self.decomposed("cp", (max(1, int(budget / (size + sides))),))
+        equal = (math.sqrt(sides**2 + 4 * size * budget) - sides) / (2 * size)  # of size r² + sides · r
+        right = max(1, min(hidden, int(equal)))
+        left = max(1, min(inner, int((budget - hidden * right) / (size * right + inner))))
+        return self.decomposed("tucker", (left, right))
+
+    def methods(self, form: Form) -> list[tuple[Stack, SVD | Tucker | CP | None]]:
+        """Return how each stack of a form is decomposed; None for one that stays dense."""
+        stacks = self.stacks(form.structure)
+        if form.structure == "tucker":
+            return [(stacks[0], Tucker(rank=(len(stacks[0].slices), *form.sizes), tol=LOOSE))]  # type: ignore[arg-type]
+        if form.structure == "cp":
+            return [(stacks[0], CP(rank=form.sizes[0], tol=LOOSE))]
+        return [(stack, SVD(rank=rank) if rank else None) for stack, rank in zip(stacks, form.sizes, strict=True)]
 
     def recipes(self, form: Form) -> tuple[dict[str, Any], ...]:
         """Return the parts of a mixed recipe that decompose a piece, as plain values; none of a dense form."""
         if form.structure == "dense":
             return ()
         return tuple(
-            {"method": "svd", "rank": rank, "layers": str(self.layer), "roles": ",".join(stack.roles)}
-            | ({"share": "input"} if stack.joined else {"group_layers": 1})
-            for stack, rank in zip(self.stacks(form.structure), form.sizes, strict=True)
-            if rank
+            {
+                "method": "svd" if isinstance(method, SVD) else form.structure,
+                "rank": method.rank,
+                "layers": ",".join(map(str, stack.layers)),
+                "roles": ",".join(stack.roles),
+                "group_layers": len(stack.layers),
+            }
+            | ({"share": "input"} if stack.joined else {})
+            for stack, method in self.methods(form)
+            if method
         )
 
 
@@ -134,6 +189,27 @@ def make_pieces(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
             members = [part for part in members if part not in whole]
         pieces += [Piece(stack.name, stack.slices) for stack in make_stacks(members, 1, single=True, share="input")]
     return tuple(pieces)
+
+
+def make_pairs(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Return the pieces of two layers: the first and second of the layers that are chosen, the third and fourth, ...
+
+    Args:
+        pieces: of one layer each, from :func:`make_pieces`.
+    Returns: one for every two pieces whose matrices can have a common right factor.
+    """
+    layers = sorted({piece.layer for piece in pieces})
+    partner = dict(zip(layers[::2], layers[1::2], strict=False))
+    pairs = []
+    for one in pieces:
+        for other in pieces:
+            alike = [part.role for part in one.slices] == [part.role for part in other.slices]
+            if other.layer == partner.get(one.layer) and alike:
+                name = f"{one.name}+{other.layer}"
+                pair = Piece(name, one.slices + other.slices, members=(one.name, other.name))
+                if any(len(stack.layers) > 1 for stack in pair.stacks("shared")):
+                    pairs.append(pair)
+    return tuple(pairs)
 
 
 def mixed_recipe(recipe: Recipe, chosen: Iterable[tuple[Piece, Form]]) -> Recipe:

@@ -19,7 +19,8 @@ import torch
 from trawl.budget.choosing import Option, choose
 from trawl.budget.curves import Workshop
 from trawl.budget.ledger import DENSE, FORMAT_VERSION, NOISE, Ledger, Measured
-from trawl.budget.pieces import SMALLEST, Form, Piece, make_pieces, mixed_recipe
+from trawl.budget.pieces import SMALLEST, Form, Piece, Structure, make_pairs, make_pieces, mixed_recipe
+from trawl.budget.trials import close_ones, probe_blocks
 from trawl.checkpoint import Checkpoint
 from trawl.errors import PlanError
 from trawl.families import FamilyMatch
@@ -71,20 +72,26 @@ class Found:
             "real_damage": self.real,
             "real_damage_stderr": self.stderr,
             "kept": self.kept,
-            "pieces": [
-                {
-                    "name": piece.name,
-                    "layer": piece.layer,
-                    "roles": list(dict.fromkeys(part.role for part in piece.slices)),
-                    "structure": form.structure,
-                    "sizes": list(form.sizes),
-                    "parameters_before": piece.parameters,
-                    "parameters_after": form.parameters,
-                    "predicted_damage": damage,
-                }
-                for piece, form, damage in self.chosen
-            ],
+            "pieces": [entry for chosen in self.chosen for entry in _entries(*chosen)],
         }
+
+
+def _entries(piece: Piece, form: Form, damage: float | None) -> list[dict[str, Any]]:
+    """Return what ``search.json`` says of a piece: an entry for each layer, with equal shares of what is common."""
+    count = len(piece.covers)
+    return [
+        {
+            "name": name,
+            "layer": layer,
+            "roles": list(dict.fromkeys(part.role for part in piece.slices)),
+            "structure": form.structure,
+            "sizes": list(form.sizes),
+            "parameters_before": piece.parameters // count,
+            "parameters_after": form.parameters // count + (number < form.parameters % count),
+            "predicted_damage": None if damage is None else damage / count,
+        }
+        for number, (name, layer) in enumerate(zip(piece.covers, piece.layers, strict=True))
+    ]
 
 
 def check_budget(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
@@ -194,18 +201,20 @@ class Searcher:
 
     def _choose(self, known: Mapping[str, Measured]) -> Found:
         """Solve for the budget; a budget of bytes is met by solving again for what headers take."""
-        menus = [known[piece.name].options() for piece in self.pieces]
+        offered = [piece for piece in (*self.pieces, *self.pairs) if piece.name in known]
+        menus = [known[piece.name].options() for piece in offered]
         options = [[Option(form.parameters, damage) for form, damage in menu] for menu in menus]
         total = sum(piece.parameters for piece in self.pieces)
-        least = sum(min(option.size for option in menu) for menu in options)
+        least = sum(min(option.size for option in menu) for menu in options[: len(self.pieces)])
         size = self.recipe.size
         budget = int(self.recipe.keep * total) if self.recipe.keep is not None else self._parameters_of_size()
         while True:
             if budget < least:
                 name = f"keep {self.recipe.keep}" if size is None else f"size {size:,}"
                 raise _out_of_reach(name, least, total, self.recipe)
-            taken = choose(options, budget)
-            chosen = tuple((piece, *menu[index]) for piece, menu, index in zip(self.pieces, menus, taken, strict=True))
+            taken = choose(options, budget, [piece.covers for piece in offered])
+            indexed = zip(offered, menus, taken, strict=True)
+            chosen = tuple((piece, *menu[index]) for piece, menu, index in indexed if index is not None)
             recipe = mixed_recipe(self.recipe, ((piece, form) for piece, form, _ in chosen))
             excess = 0 if size is None else make_plan(self.checkpoint, recipe, self.family_file).output_bytes - size
             if excess <= 0:
@@ -237,9 +246,10 @@ class Searcher:
     def _measured(self) -> dict[str, Measured]:
         """Measure every reference form that is not in the ledger yet, from the last block to the first."""
         known: dict[str, Measured] = {}
+        trials = self.trials
         for done, block in enumerate(self.blocks):
             self.observer("measuring damage", done, len(self.blocks))
-            known |= {one.piece.name: one for one in self.measure(block)}
+            known |= {one.piece.name: one for one in self.measure(block, trials)}
         self.observer("measuring damage", len(self.blocks), len(self.blocks))
         return known
 
@@ -248,23 +258,58 @@ class Searcher:
         """Blocks that have pieces, the last and cheapest to measure first."""
         return sorted({piece.layer for piece in self.pieces}, reverse=True)
 
-    def measure(self, block: int) -> list[Measured]:
-        """Return what is known of one block's pieces, measuring the reference forms that are not in the ledger yet."""
-        members = [self._curves(piece) for piece in self.pieces if piece.layer == block]
+    @cached_property
+    def pairs(self) -> tuple[Piece, ...]:
+        """Pieces of two layers."""
+        return make_pairs(self.pieces)
+
+    @cached_property
+    def trials(self) -> frozenset[Structure]:
+        """Structures that came close to the best where they were tried, and are measured everywhere.
+
+        Cost: at its first use, of everything in a few blocks.
+        """
+        everything = (*self.pieces, *self.pairs)
+        blocks = probe_blocks(everything)
+        every = frozenset(structure for piece in everything for structure in piece.trials)
+        total = sum(piece.parameters for piece in self.pieces)
+        keep = self._parameters_of_size() / total if self.recipe.keep is None else self.recipe.keep
+        close: set[Structure] = set()
+        for done, block in enumerate(blocks):
+            self.observer("trying structures", done, len(blocks))
+            partners = {layer for pair in self.pairs if pair.layer == block for layer in pair.layers} - {block}
+            tried = self.measure(block, every)
+            known = {one.piece.name: one for other in partners for one in self.measure(other, frozenset())}
+            known |= {one.piece.name: one for one in tried}
+            close |= {structure for one in tried for structure in close_ones(one, known, keep)}
+        self.observer("trying structures", len(blocks), len(blocks))
+        if left_out := sorted(every - close):
+            LOG.info("%s came close nowhere in blocks %s: left out", ", ".join(left_out), blocks)
+        return frozenset(close)
+
+    def measure(self, block: int, trials: frozenset[Structure]) -> list[Measured]:
+        """Return what is known of one block's pieces, measuring the reference forms that are not in the ledger yet.
+
+        Args:
+            block: that the pieces begin in.
+            trials: which of those structures to measure that are seldom the best.
+        """
+        pieces = [piece for piece in (*self.pieces, *self.pairs) if piece.layer == block]
+        members = [self._curves(piece, trials) for piece in pieces if piece.structures or trials & {*piece.trials}]
         self._measure(block, [(one, point.form) for one in members for point in one.references()])
         return members
 
-    def _curves(self, piece: Piece) -> Measured:
+    def _curves(self, piece: Piece, trials: frozenset[Structure]) -> Measured:
         """Return what is known of a piece, at least what each of its forms loses."""
-        if (known := self.ledger.load(piece)) is not None:
+        known = self.ledger.load(piece) or Measured(piece, [])
+        wanted = [*piece.structures, *(structure for structure in piece.trials if structure in trials)]
+        missing = [each for each in wanted if each not in {point.form.structure for point in known.points}]
+        if not missing:
             return known
         elimination = self.ledger.elimination(piece, self.workshop)
-        points = [
-            point for structure in piece.structures for point in self.workshop.curve(piece, structure, elimination)
-        ]
-        made = Measured(piece, points)
-        self.ledger.save(made)
-        return made
+        known.points.extend(point for each in missing for point in self.workshop.curve(piece, each, elimination))
+        self.ledger.save(known)
+        return known
 
     def _measure(self, block: int, forms: Sequence[tuple[Measured, Form]]) -> None:
         """Measure forms of pieces of one block, and seal what comes out."""

@@ -18,7 +18,15 @@ from trawl.report.palette import INK, PAPER, SERIES, rank_colour
 from trawl.report.pictures import Drawing, render
 
 LEVELS = 8  # of the share kept
-LETTERS = {"narrow": "n", "joint": "j", "single": "s", "dense": ""}
+LETTERS = {"narrow": "n", "joint": "j", "single": "s", "shared": "2", "tucker": "t", "cp": "c", "dense": ""}
+MEANINGS = {
+    "narrow": "narrow",
+    "joint": "joint",
+    "single": "matrices by themselves",
+    "shared": "shared by two layers",
+    "tucker": "Tucker",
+    "cp": "CP",
+}
 CELL = 0.3  # inches, its height
 
 
@@ -29,7 +37,7 @@ class Chosen:
     Attributes:
         kind: of the piece, such as ``fc`` or ``qkv``.
         layer: that it lies in.
-        structure: dense, narrow, joint or single.
+        structure: dense, narrow, joint, single, shared, tucker or cp.
         sizes: width or ranks.
         kept: share of its parameters.
         damage: predicted, nats a token; None where there was no choice.
@@ -123,7 +131,8 @@ def draw_choice(drawing: Drawing, chosen: Sequence[Chosen]) -> None:
     corner = (left / drawing.width, 1)
     drawing.figure.legend(marks, names, loc="upper left", bbox_to_anchor=corner, borderpad=0, ncols=3,
                           handlelength=1.0, columnspacing=1.2)  # fmt: skip
-    letters = "n narrow, j joint, s matrices by themselves"
+    found = {one.structure for one in chosen}
+    letters = ", ".join(f"{LETTERS[name]} {words}" for name, words in MEANINGS.items() if name in found)
     if drawing.narrow:
         drawing.figure.text(corner[0], 1 - 0.24 / drawing.figure.get_figheight(), letters, va="top")
     else:
