@@ -1,7 +1,9 @@
 """Budgets: the knapsack against brute force, and curves against what decompositions really lose."""
 
+import ctypes
 import itertools
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trawl.budget import Form, Option, choose, make_pieces
+from trawl.budget import choosing as choosing_module
 from trawl.budget.curves import Point, Workshop
 from trawl.budget.ledger import Measured
 from trawl.budget.pieces import SMALLEST, TRIAL_SHARES, Piece, make_pairs
@@ -86,6 +89,21 @@ def test_thousands_of_options_are_chosen_from_within_a_second_or_so():
     assert sum(menu[index].size for menu, index in zip(menus, taken, strict=True)) <= 2_000_000
     relaxed = 0.99 * 2_000_000  # the optimum uses nearly all of the budget
     assert sum(menu[index].size for menu, index in zip(menus, taken, strict=True)) > relaxed
+
+
+def test_what_the_solver_prints_reaches_nobody(monkeypatch, capfd):
+    solve = choosing_module.milp
+
+    def printing(*args, **options):
+        ctypes.CDLL(None).puts(b"of no interest")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(choosing_module, "milp", printing)
+    sys.stdout.write("before\n")
+    assert choose([[Option(1, 1.0), Option(2, 0.5)]], 2) == (1,)
+    sys.stdout.write("after\n")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 def measured(damages, structures=("narrow",)):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Hashable, Sequence
+import os
+import sys
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +70,23 @@ def choose(
         allowed -= excess  # the solver's tolerance, in floating point
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep a ``with`` block's C code off standard output: HiGHS prints there whatever it is told."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    output, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(output, 1)
+        os.close(output)
+        os.close(nowhere)
+
+
 def _front(menu: Sequence[Option]) -> list[int]:
     """Return the options that no other undercuts in size and damage, by size."""
     front: list[int] = []
@@ -92,13 +113,14 @@ def _solve(
     rows = {place: row for row, place in enumerate(dict.fromkeys(place for places in covers for place in places))}
     marks = [(rows[place], column) for column, (menu, _) in enumerate(numbered) for place in covers[menu]]
     one_each = csr_array((np.ones(len(marks)), tuple(zip(*marks, strict=True))), (len(rows), len(numbered)))
-    found = milp(
-        damage / (damage.max() or 1.0),
-        integrality=np.ones(len(numbered)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size / max(budget, 1), -np.inf, 1)],
-        options={"mip_rel_gap": GAP, "node_limit": NODES, "presolve": False},
-    )
+    with _silent():
+        found = milp(
+            damage / (damage.max() or 1.0),
+            integrality=np.ones(len(numbered)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size / max(budget, 1), -np.inf, 1)],
+            options={"mip_rel_gap": GAP, "node_limit": NODES},
+        )
     if found.x is None:
         raise PlanError(f"no choice within {budget:,} was found: {found.message}")
     taken = {menu: index for (menu, index), share in zip(numbered, found.x, strict=True) if share > 0.5}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
-from trawl.budget.choosing import Option, choose
+from trawl.budget.choosing import Option
 from trawl.budget.ledger import Measured
 from trawl.budget.pieces import Form, Piece, Structure
 
@@ -46,5 +47,9 @@ def _proven(one: Measured) -> list[Option]:
 
 def _best(menus: Sequence[Sequence[Option]], form: Form) -> float:
     """Return the least damage that options do which together are no larger than a form."""
-    taken = choose(menus, form.parameters)
-    return sum(menu[index].damage for menu, index in zip(menus, taken, strict=True) if index is not None)
+    taken = itertools.product(*menus)
+    return min(
+        sum(option.damage for option in options)
+        for options in taken
+        if sum(option.size for option in options) <= form.parameters
+    )
