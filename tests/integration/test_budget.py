@@ -14,6 +14,7 @@ from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fix
 from tests.integration.test_compress import weights_hash
 from trawl.budget import SEARCH_RECORD
 from trawl.budget import damage as damage_module
+from trawl.budget.ledger import Measured
 from trawl.errors import PlanError
 from trawl.hub import open_checkpoint
 from trawl.planning import match_checkpoint
@@ -287,6 +288,34 @@ def test_a_mixed_recipe_with_every_method_writes_loads_and_densifies(model, tmp_
         for each in (trawl.load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
     )
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("best", ["shared", "tucker", "cp"])
+def test_a_trial_that_is_the_best_is_chosen_written_and_loaded(best, cli, model, text, kept, tmp_path, monkeypatch):  # noqa: F811, PLR0917 (fixtures)
+    folder = shutil.copytree(kept, tmp_path / "moments", ignore=shutil.ignore_patterns("damage-*", "lock"))
+    predict = Measured.predict
+
+    def favour(self, point):
+        return predict(self, point) * (1e-6 if point.form.structure == best else 1.0)
+
+    monkeypatch.setattr(Measured, "predict", favour)
+    compress(model, tmp_path / "out", text, folder, keep=0.6)
+    found = json.loads((tmp_path / "out" / SEARCH_RECORD).read_text())
+    chosen = [piece for piece in found["pieces"] if piece["structure"] == best]
+    expected = {"shared": {("fc", 0), ("fc", 1), ("qkv", 0), ("qkv", 1)}}.get(best, {("fc", 0), ("fc", 1), ("fc", 2)})
+    assert {(piece["name"].partition(".")[0], piece["layer"]) for piece in chosen} <= expected
+    assert len(chosen) >= 2
+    assert found["kept"] <= 0.6
+    before, after = (sum(piece[f"parameters_{when}"] for piece in found["pieces"]) for when in ("before", "after"))
+    assert before == of_layers(model)
+    assert after == before - (stored(model) - stored(tmp_path / "out"))
+    assert found["kept"] == pytest.approx(after / before)
+    loaded = trawl.load(tmp_path / "out")
+    assert torch.isfinite(loaded(torch.randint(3, 60, (2, 9))).logits).all()
+    code, _, err = cli("report", tmp_path / "out")
+    assert code == 0, err
+    words = {"shared": "2 shared by two layers", "tucker": "t Tucker", "cp": "c CP"}[best]
+    assert words in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_report_draws_the_choice_and_the_damage(cli, model, text, kept, tmp_path):  # noqa: F811
