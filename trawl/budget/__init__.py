@@ -5,8 +5,8 @@ Importing this package loads no model code.
 
 from trawl.budget.choosing import Option, choose
 from trawl.budget.finding import SEARCH_RECORD, Question, find, held
+from trawl.budget.found import Found
 from trawl.budget.pieces import Form, Piece, make_pieces
-from trawl.budget.searching import Found
 
 __all__ = [
     "SEARCH_RECORD",

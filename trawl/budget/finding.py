@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from trawl.budget.curves import Workshop
+from trawl.budget.found import Found
 from trawl.budget.ledger import Ledger
 from trawl.budget.pieces import Structure
-from trawl.budget.searching import Found, Searcher, check_budget
+from trawl.budget.searching import Searcher, check_budget
 from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, open_moments, random_calibration
 from trawl.calibration.moments import RECORD
 from trawl.checkpoint import Checkpoint

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from trawl.budget.choosing import Option, choose
 from trawl.budget.curves import Workshop
-from trawl.budget.ledger import DENSE, FORMAT_VERSION, NOISE, Ledger, Measured
+from trawl.budget.found import Found
+from trawl.budget.ledger import DENSE, NOISE, Ledger, Measured
 from trawl.budget.pieces import SMALLEST, Form, Piece, Structure, make_pairs, make_pieces, mixed_recipe
 from trawl.budget.trials import close_ones, probe_blocks
 from trawl.checkpoint import Checkpoint
@@ -34,64 +35,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("trawl")
 
 MISSED = 0.25  # share of the predicted damage by which the real one may be off before it is measured again
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search came to.
-
-    Attributes:
-        recipe: with parts, or plain.
-        chosen: the form of each piece, with its predicted damage where there was a choice.
-        real: damage of all together, as measured, nats a token.
-        stderr: of that, over windows.
-    """
-
-    recipe: Recipe
-    chosen: tuple[tuple[Piece, Form, float | None], ...]
-    real: float = math.nan
-    stderr: float = math.nan
-
-    @property
-    def predicted(self) -> float | None:
-        """Damage of all together: the sum of the pieces'; None where nothing was predicted."""
-        known = [damage for *_, damage in self.chosen if damage is not None]
-        return sum(known) if len(known) == len(self.chosen) else None
-
-    @property
-    def kept(self) -> float:
-        """Share of the pieces' parameters that stays."""
-        after = sum(form.parameters for _, form, _ in self.chosen)
-        return after / sum(piece.parameters for piece, _, _ in self.chosen)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what ``search.json`` says."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "predicted_damage": self.predicted,
-            "real_damage": self.real,
-            "real_damage_stderr": self.stderr,
-            "kept": self.kept,
-            "pieces": [entry for chosen in self.chosen for entry in _entries(*chosen)],
-        }
-
-
-def _entries(piece: Piece, form: Form, damage: float | None) -> list[dict[str, Any]]:
-    """Return what ``search.json`` says of a piece: an entry for each layer, with equal shares of what is common."""
-    count = len(piece.covers)
-    return [
-        {
-            "name": name,
-            "layer": layer,
-            "roles": list(dict.fromkeys(part.role for part in piece.slices)),
-            "structure": form.structure,
-            "sizes": list(form.sizes),
-            "parameters_before": piece.parameters // count,
-            "parameters_after": form.parameters // count + (number < form.parameters % count),
-            "predicted_damage": None if damage is None else damage / count,
-        }
-        for number, (name, layer) in enumerate(zip(piece.covers, piece.layers, strict=True))
-    ]
 
 
 def check_budget(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
