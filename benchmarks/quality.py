@@ -11,7 +11,9 @@ half of the C4 sample; accuracies are `trawl eval`'s.
 
 trawl's two rows are what `trawl compress --keep` writes, loaded from disk. In all others weights are replaced in the
 loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and bytes are those of
-the plan, which are those on disk. `--raw FILE` keeps every figure as JSON.
+the plan, which are those on disk. `--speed` times decoding at batch 1 and prefill of 512 tokens, in turns with the
+dense model, of the factored or narrow checkpoint that each row would be: modules of the same shapes. `--raw FILE` keeps
+every figure as JSON.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ import json
 import math
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
+from speed import PREFILL, decode, prefill, seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -54,6 +60,7 @@ TASKS = (
     "qa:lambada_openai.jsonl",
     "qa:qa_wikidata.jsonl",
 )
+TURNS = 7  # of timing
 ACCURACY = {"choice": "accuracy", "qa": "exact"}
 Weigh = Callable[[Stack], Weights | None]
 
@@ -133,6 +140,36 @@ class Bench:
             )[0].figure(ACCURACY[kind])
             figures[file.removesuffix(".jsonl")] = {"value": result.value, "stderr": result.stderr}
         return figures
+
+    def speeds(self, made: PreTrainedModel | trawl.Recipe) -> dict[str, float]:
+        """Return how much faster than the dense model a compressed one decodes and reads a prompt, by CPU time.
+
+        Args:
+            made: the model, or a recipe of one of the same shapes, which is written and loaded.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(made, trawl.Recipe):
+                options = self.options
+                trawl.compress(
+                    options.model, made, Path(folder) / "out", calibrate=options.calibrate, moments=options.work
+                )
+                made = trawl.load(Path(folder) / "out")
+            else:
+                made = deepcopy(made)
+            made = made.float().to(self.device).eval()
+            prompt = torch.randint(3, made.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+            prompt = prompt.to(self.device)
+            ratios = {}
+            for run in (decode, prefill):
+                turns = [(seconds(run, self.exact, prompt), seconds(run, made, prompt)) for _ in range(TURNS + 1)][1:]
+                ratios[run.__name__] = statistics.median(dense / own for dense, own in turns)
+        return ratios
+
+    @cached_property
+    def exact(self) -> PreTrainedModel:
+        """The dense model in float32."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
+        return model.to(self.device).eval()
 
     @property
     def texts(self) -> dict[str, Path]:
@@ -216,8 +253,9 @@ def int8(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return rounded
 
 
-Row = tuple[dict[str, torch.Tensor] | PreTrainedModel, int, int]
-"""What is scored, tensors to put into the model or a model of its own; parameters of the whole, bytes of its shards."""
+Row = tuple[dict[str, torch.Tensor] | PreTrainedModel, int, int, trawl.Recipe | None]
+"""What is scored, tensors to put into the model or a model of its own; parameters of the whole, bytes of its shards; a
+recipe that gives modules of the same shapes."""
 
 
 def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
@@ -226,7 +264,7 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
 
     def of(recipe: trawl.Recipe, weigh: Weigh) -> Row:
         planned = make_plan(bench.checkpoint, recipe)
-        return bench.tensors(planned, weigh), planned.output_parameters, planned.output_bytes
+        return bench.tensors(planned, weigh), planned.output_parameters, planned.output_bytes, recipe
 
     def svd(share: str, group: int, weigh: Weigh) -> Callable[[], Any]:
         return lambda: of(svd_recipe(bench.checkpoint, keep, share, group), weigh)
@@ -245,7 +283,7 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
             )
             parameters, nbytes = stored_size(out)
             model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(bench.device).eval()
-            return model, parameters, nbytes
+            return model, parameters, nbytes, None
 
     return {
         "whitened SVD": svd("none", 1, whitened),
@@ -278,8 +316,10 @@ def run(bench: Bench, work: Path, raw: Path | None, console: Console) -> None:
             if bench.options.row and name not in bench.options.row:
                 continue
             began = time.perf_counter()
-            made, parameters, nbytes = make()
+            made, parameters, nbytes, recipe = make()
             row = {"parameters": parameters, "bytes": nbytes, "seconds": time.perf_counter() - began}
+            if bench.options.speed:
+                row |= bench.speeds(made if isinstance(made, PreTrainedModel) else recipe)
             if isinstance(made, PreTrainedModel):
                 figures[f"{keep}: {name}"] = row | bench.score(made)
             else:
@@ -298,7 +338,9 @@ def _stored(bench: Bench) -> list[torch.Tensor]:
 
 
 def _shown(value: Any) -> str:
-    return f"{value['value']:.4g}" if isinstance(value, dict) else f"{value:,.0f}"
+    if isinstance(value, dict):
+        return f"{value['value']:.4g}"
+    return f"{value:,.0f}" if value > 99 else f"{value:.3g}"
 
 
 def table(figures: Mapping[str, Any], keep: float) -> Table:
@@ -306,10 +348,10 @@ def table(figures: Mapping[str, Any], keep: float) -> Table:
     base, reference = figures["dense"], figures.get(f"{keep}: whitened SVD")
     names = [name for name in base if isinstance(base[name], dict)]
     accuracies = [name for name in names if name not in ("WikiText", "C4")]
-    shown = Table(
-        f"keep {keep}", "parameters", "MB", "WikiText", "C4", "of whitened's excess", *accuracies, "mean", "minutes"
-    )
     chosen = ["dense", "int8", *(name for name in figures if name.startswith(f"{keep}: "))]
+    timed = ("decode", "prefill") if any("decode" in figures[name] for name in chosen) else ()
+    columns = ("parameters", "MB", "WikiText", "C4", "of whitened's excess", *accuracies, "mean", *timed, "minutes")
+    shown = Table(f"keep {keep}", *columns)
     for name in chosen:
         row = figures[name]
         ratios = ""
@@ -329,6 +371,7 @@ def table(figures: Mapping[str, Any], keep: float) -> Table:
             ratios,
             *(f"{100 * row[task]['value']:.1f} ± {100 * row[task]['stderr']:.1f}" for task in accuracies),
             f"{100 * mean:.1f}" if accuracies else "",
+            *(f"{row[name]:.2f}" if name in row else "" for name in timed),
             f"{row['seconds'] / 60:.1f}",
         )
     return shown
@@ -347,6 +390,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window of a text")
     parser.add_argument("--limit", type=int, default=500, help="records of each task")
     parser.add_argument("--no-accuracy", dest="accuracy", action="store_false", help="perplexities only")
+    parser.add_argument("--speed", action="store_true", help="time decoding and prefill against dense, in float32")
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="trawl's rows; by default as compress")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="to score in")

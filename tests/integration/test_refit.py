@@ -203,6 +203,12 @@ def test_a_refit_without_a_text_is_refused(model):
             planned(model, recipe)
 
 
+def test_a_recipe_that_narrows_nothing_needs_no_text(model, tmp_path):
+    parts = ({"method": "svd", "rank": 4, "roles": "q", "group_layers": 1},)
+    recipe = trawl.Recipe(method="mixed", parts=parts, write="factored", refit=True)  # as a budget may find it
+    assert trawl.compress(model, recipe, tmp_path / "out").stacks
+
+
 def test_plan_says_what_a_refit_takes(model, text):
     recipe = trawl.Recipe(method="narrow", width=32, refit=True)
     notes = trawl.plan(model, recipe, calibrate=text, calibration_tokens=8192).notes
