@@ -18,8 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
 import trawl
@@ -86,7 +84,14 @@ def load_moments(options: argparse.Namespace, scratch: Path) -> Moments:
     """Open the folder of moments, or make one."""
     checkpoint = open_checkpoint(str(options.model), None)
     match = trawl.planning.match_checkpoint(checkpoint)
-    source = open_moments(checkpoint, match, options.calibrate, folder=options.moments)
+    source = open_moments(
+        checkpoint,
+        match,
+        options.calibrate,
+        folder=options.moments,
+        output_weighting=options.output_weighting,
+        compute=options.compute,
+    )
     if source is None:
         raise SystemExit("give --calibrate TEXT or --moments FOLDER")
     moments = make_moments(source, options.moments or scratch)
@@ -99,13 +104,14 @@ def compare(subject: Subject, moments: Moments, recipe: trawl.Recipe, options: a
     planned = subject.editor.plan(recipe)
     factors: dict[str, dict[str, Factors]] = {kind: {} for kind in KINDS}
     columns = ["stack", "shape", "rank", "relative error", "weighted error", "ratio", "seconds"]
-    table = Table(*columns, *(["perplexity alone"] if options.alone else []))
-    better = True
+    print_row([*columns, *(["perplexity alone"] if options.alone else [])])
+    lost: list[str] = []
     for item in planned.stacks:
         method = ranked(recipe.decomposition(), item.stack.shape, options.keep)
         found, seconds = decomposed(subject.editor, moments, item, method)
         plain, weighted = (found[kind].weighted_error or 0.0 for kind in KINDS)
-        better &= weighted < plain
+        if not weighted < plain:
+            lost.append(f"{item.stack.name} (weighted error)")
         cells = [f"{found[kind].relative_error:.4f}" for kind in KINDS], [f"{plain:.4f}", f"{weighted:.4f}"]
         row = [item.stack.name, str(item.stack.shape), str(found["plain"].rank[2]), *map(" / ".join, cells)]
         row += [f"{weighted / plain:.3f}", " / ".join(f"{seconds[kind]:.2f}" for kind in KINDS)]
@@ -113,14 +119,20 @@ def compare(subject: Subject, moments: Moments, recipe: trawl.Recipe, options: a
             factors[kind][item.stack.name] = found[kind]
         if options.alone:
             scores = [subject.perplexity([item], factors[kind]) for kind in KINDS]
-            better &= scores[1] < scores[0]
+            if not scores[1] < scores[0]:
+                lost.append(f"{item.stack.name} (perplexity)")
             row.append(f"{scores[0]:.2f} / {scores[1]:.2f}")
-        table.add_row(*row)
+        print_row(row)
     dense = subject.perplexity([], {})
     scores = [subject.perplexity(planned.stacks, factors[kind]) for kind in KINDS]
-    Console(width=160).print(table)
     print(f"perplexity: dense {dense:.2f}, all stacks plain {scores[0]:.2f}, weighted {scores[1]:.2f}")
-    return better and scores[1] < scores[0]
+    print(f"plain is better: {', '.join(lost) or 'nowhere'}, of {len(planned.stacks)} stacks")
+    return not lost and scores[1] < scores[0]
+
+
+def print_row(cells: Sequence[str]) -> None:
+    """Print a row of a table as it is known."""
+    print(" | ".join(cells), flush=True)
 
 
 def main() -> None:
@@ -130,6 +142,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="scored by perplexity")
     parser.add_argument("--calibrate", help="text to take moments on")
     parser.add_argument("--moments", type=Path, help="folder that has them, or is to keep them")
+    parser.add_argument("--output-weighting", default="none", help="gradients on the output side: fisher or kronecker")
+    parser.add_argument("--compute", default="float32", help="of the calibration: float32 or bf16")
     parser.add_argument("--method", choices=("svd", "tucker", "cp"), default="svd")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--keep", type=float, help="share of each matrix's entries that its rank keeps (svd)")
