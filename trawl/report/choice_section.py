@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ MEANINGS = {
     "cp": "CP",
 }
 CELL = 0.3  # inches, its height
+NARROW_LINE = 54  # characters that fit on a narrow page
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def draw_choice(drawing: Drawing, chosen: Sequence[Chosen]) -> None:
     found = {one.structure for one in chosen}
     letters = ", ".join(f"{LETTERS[name]} {words}" for name, words in MEANINGS.items() if name in found)
     if drawing.narrow:
-        drawing.figure.text(corner[0], 1 - 0.24 / drawing.figure.get_figheight(), letters, va="top")
+        lines = textwrap.fill(letters, NARROW_LINE)
+        drawing.figure.text(0.02, 1 - 0.24 / drawing.figure.get_figheight(), lines, va="top")
     else:
         drawing.figure.text(1 - 0.15 / drawing.width, 1, letters, ha="right", va="top")
     if not bars:
