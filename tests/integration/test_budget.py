@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trawl
 from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fixtures)
 from tests.integration.test_compress import weights_hash
-from trawl.budget import SEARCH_RECORD
+from trawl.budget import SEARCH_RECORD, Question
 from trawl.budget import damage as damage_module
 from trawl.budget.ledger import Measured
 from trawl.errors import PlanError
@@ -160,6 +160,19 @@ def test_a_damage_is_measured_until_its_error_suffices(
         shutil.copytree(kept, folder, ignore=shutil.ignore_patterns("damage-*"))
         trawl.find_recipe(model, trawl.Recipe(keep=0.8), folder, calibrate=text, calibration_tokens=TOKENS)
         assert {damage.windows for damage in found} == {windows}
+
+
+def test_a_change_of_two_layers_does_all_of_its_damage(model, text, kept, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(damage_module, "NEGLIGIBLE", -1.0)
+    monkeypatch.setattr(damage_module, "SUFFICES", 0.0)  # all windows, as a check of the whole takes
+    question = Question(str(model), trawl.Recipe(keep=0.8), kept, calibrate=str(text), calibration_tokens=TOKENS)
+    with question.searcher() as searcher:
+        parts = {part.layer: part for piece in searcher.pieces for part in piece.slices if part.role == "o"}
+        first, second = ({parts[layer].tensor: torch.zeros(parts[layer].shape[::-1])} for layer in (0, 1))
+        alone, both = searcher.gauge.measure(0, [first, first | second])
+        whole = searcher.gauge.measure_all(first | second)
+    assert both.mean == pytest.approx(whole.mean, rel=1e-4)
+    assert both.mean != pytest.approx(alone.mean, rel=1e-2)
 
 
 def test_predicted_and_real_damage_go_together(model, text, kept):  # noqa: F811

@@ -195,6 +195,26 @@ def test_a_trial_is_offered_at_sizes_whose_loss_falls_and_multiplies_out_to_what
     assert set(fc.trials) == {"tucker", "cp"}
 
 
+def test_a_trial_is_decomposed_once_for_its_loss_and_its_damage(workshop, monkeypatch):
+    workshop, pieces = workshop
+    fc = next(piece for piece in pieces if piece.cut)
+    made, methods = [], Piece.methods
+
+    def counted(self, form):
+        if form.structure in TRIAL_SHARES and form.parameters:
+            made.append(form)
+        return methods(self, form)
+
+    monkeypatch.setattr(Piece, "methods", counted)
+    joint, *_ = workshop.curve(fc, "joint", None)
+    points = [point for structure in fc.trials for point in workshop.curve(fc, structure, None)]
+    trials = [point.form for point in Measured(fc, points).references()]
+    for form in (joint.form, *trials):  # in the order in which damages are asked for
+        workshop.tensors(fc, form, None)
+    assert len(trials) == 4
+    assert sorted(made, key=str) == sorted(trials, key=str)
+
+
 def weighed(matrix, inner, hidden):
     left = matrix if inner is None else inner @ matrix
     right = matrix if hidden is None else matrix @ hidden

@@ -56,9 +56,8 @@ def choose(
     """
     fronts = [_front(menu) for menu in menus]
     covers = covers or [(place,) for place in range(len(menus))]
-    alone = {places[0]: number for number, places in enumerate(covers) if len(places) == 1}
-    smallest = {place: fronts[number][0] for place, number in alone.items()}
-    least = sum(menus[alone[place]][index].size for place, index in smallest.items())
+    smallest = (menu[front[0]].size for menu, front in zip(menus, fronts, strict=True))
+    least = sum(size for size, places in zip(smallest, covers, strict=True) if len(places) == 1)
     if least > budget:
         raise PlanError(f"a budget of {budget:,} is out of reach: the smallest options take {least:,}")
     allowed = budget

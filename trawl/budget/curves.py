@@ -25,7 +25,6 @@ from trawl.stacking import Stack, StoredSlices
 from trawl.writing import DenseWriter, SquaredErrors
 
 TRIAL_STEPS = 20  # shares of a piece that Tucker and CP are offered at
-RECENT = 4  # forms of Tucker and CP that are measured next to each other
 TINY = 1e-9  # relative error that no loss is taken to be under
 
 
@@ -64,7 +63,7 @@ class Workshop:
     checkpoint: Checkpoint
     moments: Moments
     device: torch.device
-    _recent: dict[tuple[str, Form], dict[str, Factors]] = field(default_factory=dict, init=False)
+    _fitted: dict[tuple[str, Form], dict[str, Factors]] = field(default_factory=dict, init=False)  # until they are used
 
     def curve(self, piece: Piece, structure: Structure, elimination: Elimination | None) -> list[Point]:
         """Return the sizes of a structure, ascending, each with its loss.
@@ -141,7 +140,8 @@ class Workshop:
         known = []
         for share in TRIAL_SHARES[structure]:
             form = piece.of_share(structure, share)
-            error = self._factors(piece, form)[piece.stacks(structure)[0].name].weighted_error
+            factors = self._fitted[piece.name, form] = self._factors(piece, form)
+            (error,) = (each.weighted_error for each in factors.values())
             assert error is not None
             known.append((share, form, math.log(max(error, TINY)) * 2))
         (low, _, most), (high, _, least) = known[0], known[-1]
@@ -156,19 +156,14 @@ class Workshop:
         return sorted(points, key=lambda point: point.form.parameters)
 
     def _factors(self, piece: Piece, form: Form) -> dict[str, Factors]:
-        """Decompose the stacks of a form; those of the last few are kept, as their damage is asked for next."""
-        key = piece.name, form
-        if key not in self._recent:
-            found = {}
-            for stack, method in piece.methods(form):
-                if method:
-                    source = StoredSlices(self.checkpoint, stack, 1.0, self.device)
-                    made = method.decompose(source, weights=stack_weights(self.moments, stack))
-                    found[stack.name] = made.to(device="cpu")
-            while len(self._recent) >= RECENT:
-                self._recent.pop(next(iter(self._recent)))
-            self._recent[key] = found
-        return self._recent[key]
+        """Decompose the stacks of a form."""
+        found = {}
+        for stack, method in piece.methods(form):
+            if method:
+                source = StoredSlices(self.checkpoint, stack, 1.0, self.device)
+                made = method.decompose(source, weights=stack_weights(self.moments, stack))
+                found[stack.name] = made.to(device="cpu")
+        return found
 
     def _spectrum(self, stack: Stack) -> Tensor:
         """Return the squared weighted singular values of a matrix, descending, float64."""
@@ -197,7 +192,7 @@ class Workshop:
             return {}
         if form.structure == "narrow":
             return self._narrowed(piece, form.sizes[0], elimination)
-        factors = self._factors(piece, form)
+        factors = self._fitted.pop((piece.name, form), None) or self._factors(piece, form)
         ones = dict.fromkeys(factors, 1.0)
         changed = tuple(stack for stack in piece.stacks(form.structure) if stack.name in factors)
         writer = DenseWriter(self.checkpoint, changed, factors.__getitem__, ones)
