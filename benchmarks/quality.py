@@ -149,10 +149,7 @@ class Bench:
         """
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(made, trawl.Recipe):
-                options = self.options
-                trawl.compress(
-                    options.model, made, Path(folder) / "out", calibrate=options.calibrate, moments=options.work
-                )
+                trawl.compress(self.options.model, made, Path(folder) / "out", moments=self.options.work)
                 made = trawl.load(Path(folder) / "out")
             else:
                 made = deepcopy(made)
