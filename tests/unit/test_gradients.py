@@ -15,7 +15,7 @@ from trawl.calibration import Moments, gradients
 from trawl.calibration.gradients import gather_gradients
 from trawl.calibration.outputs import OutputMoments, output_file, write_output_record
 from trawl.calibration.streaming import open_chain
-from trawl.calibration.weights import stack_weights
+from trawl.calibration.weights import EVEN, stack_weights
 from trawl.checkpoint import open_folder
 from trawl.decompose import CP, SVD, TensorSlices, Tucker, Weights
 from trawl.decompose.weighing import measured
@@ -198,7 +198,11 @@ def test_outputs_of_joined_slices_are_independent(weighted):
     stack, *_ = make_stacks(match_checkpoint(open_folder(folder)).placements, 1, single=True, share="input")
     (inner,) = stack_weights(moments, stack).inner
     for part, place in zip(stack.slices, stack.places, strict=True):
-        assert torch.equal(inner[place.rows, place.rows], moments.outputs.matrix(part))
+        moment = moments.outputs.matrix(part)
+        extra = inner[place.rows, place.rows] - moment
+        assert torch.allclose(
+            extra, EVEN * moment.diagonal().mean() * torch.eye(len(moment)), rtol=1e-3, atol=1e-4 * extra.max()
+        )
     assert stack.roles == ("q", "k", "v")
     assert torch.count_nonzero(inner[HIDDEN:, :HIDDEN]) == 0
 

@@ -17,6 +17,7 @@ from safetensors.torch import save as serialize
 from trawl.budget.curves import Point, Workshop
 from trawl.budget.pieces import TRIAL_SHARES, Form, Piece, Structure
 from trawl.calibration import Moments
+from trawl.calibration.weights import EVEN
 from trawl.narrowing import Elimination
 from trawl.shards import sealed
 
@@ -118,8 +119,8 @@ class Ledger:
         """Open the ledger of what is measured with some moments, on some windows."""
         kind = moments.outputs.kind if moments.outputs else "none"
         digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        values = {"format_version": FORMAT_VERSION, "moments": moments.fingerprint, "outputs": kind, "windows": digest}
-        return cls(folder, values)
+        values = {"moments": moments.fingerprint, "outputs": kind, "even": EVEN, "windows": digest}
+        return cls(folder, {"format_version": FORMAT_VERSION, **values})
 
     def load(self, piece: Piece) -> Measured | None:
         """Return what is known of a piece; None where that is nothing."""

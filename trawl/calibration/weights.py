@@ -12,6 +12,7 @@ from trawl.stacking import READ_INNER, Stack
 
 UNSEEN = 0.1  # occurrences of every token that are added to those counted
 EMBED_SHARE = 0.01  # of the error of tied embeddings as such, beside their error as the head
+EVEN = 0.1  # of the mean eigenvalue of moments of gradients: what every direction of an output counts at least
 
 
 def stack_weights(moments: Moments, stack: Stack) -> Weights:
@@ -19,22 +20,23 @@ def stack_weights(moments: Moments, stack: Stack) -> Weights:
 
     A slice of q, k, v, gate or up reads the residual stream, one of o or down the inner side. A joined stack is one
     matrix and gets the mean of its slices' moments, which for slices of one layer is the moment of each. The other
-    side has the moments of gradients, where there are some: how much the loss depends on each output. Outside the
-    layers rows are weighed by how often their tokens occur.
+    side has the moments of gradients, where there are some: how much the loss depends on each output. A direction that
+    hardly any gradient has seen counts a tenth of the mean direction, since a large error is no longer what gradients
+    speak of. Outside the layers rows are weighed by how often their tokens occur.
 
     Args:
         moments: of the stack's checkpoint.
         stack: its slices; those of one input get the same tensor.
     Returns: one moment a slice and side; none for an expert that saw no token.
     Raises: PlanError: a slice has no moment. LoadError: a file cannot be read any more.
-    Cost: nothing for single slices, which stay mapped from their files; one matrix for slices joined over layers, and
-        one of (Σ inner, Σ inner) for ``kronecker`` moments of joined slices.
+    Cost: nothing for moments of inputs, which stay mapped from their files, but one matrix for slices joined over
+        layers; one of (n, n) for each slice with ``kronecker`` moments, and one of (Σ inner, Σ inner) where joined.
     """
     if stack.slices[0].layer < 0:
         return _outside_weights(moments, stack.slices[0])
     keys = [moments.key(part) for part in stack.slices]
     matrices = {key: moments.moment(key).matrix for key in dict.fromkeys(keys) if key}
-    outputs = [moments.outputs.matrix(part) if moments.outputs else None for part in stack.slices]
+    outputs = [_evened(moments.outputs.matrix(part)) if moments.outputs else None for part in stack.slices]
     if stack.joined:
         return Weights((_independent(outputs),), (_mean(list(matrices.values())),))
     sides = [
@@ -60,6 +62,15 @@ def _outside_weights(moments: Moments, part: Placement) -> Weights:
     if part.role == "embed":
         head = head / head.diagonal().mean() + EMBED_SHARE * torch.eye(len(head))
     return Weights((rows,), (head,))
+
+
+def _evened(gradients: Tensor | None) -> Tensor | None:
+    """Return a moment of gradients to which a share of its mean is added in every direction; a diagonal as it is."""
+    if gradients is None or gradients.dim() == 1:
+        return gradients
+    evened = gradients.clone()
+    evened.diagonal().add_(EVEN * float(gradients.diagonal().double().mean()))
+    return evened
 
 
 def _independent(outputs: list[Tensor | None]) -> Tensor | None:
