@@ -49,6 +49,7 @@ from trawl.decompose.weights import Weights
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
 from trawl.narrowing import narrow_stack, padded_tensors
+from trawl.options import pick_device
 from trawl.planning import Plan, make_plan, match_checkpoint
 from trawl.stacking import Stack, StoredSlices
 from trawl.writing import DenseWriter, SquaredErrors
@@ -396,7 +397,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.disable_progress_bar()
     console = Console(width=200)
-    device = trawl.pipeline.pick_device(options.device)
+    device = pick_device(options.device)
     checkpoint = open_checkpoint(str(options.model))
     match = match_checkpoint(checkpoint)
     options.work.mkdir(parents=True, exist_ok=True)

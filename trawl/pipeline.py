@@ -23,6 +23,7 @@ from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.hub import open_checkpoint
 from trawl.narrowing import Narrowed
 from trawl.observers import Observer, silent
+from trawl.options import budget_out, check_anchored, check_refit, check_together, default_out, pick_device
 from trawl.output import copy_side_files, factor_path, load_result, write_config, write_shards
 from trawl.planning import Plan, make_plan
 from trawl.recipe import Recipe
@@ -207,7 +208,7 @@ def compress(
     if factors is not None:
         raise PlanError("--factors takes factors of a given rank, and a budget chooses ranks; leave one of the two out")
     checkpoint = open_checkpoint(model, revision)
-    target = Workspace(Path(out) if out is not None else Path(f"{_stem(checkpoint)}-{_budget_text(recipe)}"))
+    target = Workspace(Path(out) if out is not None else budget_out(checkpoint, recipe))
     target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0)
     folder = target.search if moments is None else Path(moments)
     found = find_recipe(
@@ -325,21 +326,6 @@ def _compress(
     return report
 
 
-def check_together(
-    planned: Plan, library: FactorLibrary | None, source: Calibration | Moments | None, ray: str | None
-) -> None:
-    """Raise PlanError for options that exclude one another."""
-    recipe = planned.recipe
-    if library and ray is not None:
-        raise PlanError("--ray spreads decompositions, and --factors needs none; leave one of the two out")
-    if source and recipe.engine == "tensorly":
-        raise PlanError("engine tensorly cannot weigh the error by moments; use the default engine, streaming")
-    if source and recipe.method == "tucker" and any(item.rank[0] < item.stack.shape[0] for item in planned.stacks):
-        raise PlanError("a stack mode cannot be compressed by weighted error; give --rank INT, which keeps it")
-    if library and source:
-        raise PlanError("--factors takes factors as they are; moments weigh new ones: leave one of the two out")
-
-
 def check_unchanged(checkpoint: Checkpoint, state: Mapping[str, list[int]], workspace: Workspace) -> None:
     """Raise CheckpointError, and throw away what was made, if the source's files are no longer those of the start."""
     now = checkpoint.state()
@@ -349,79 +335,6 @@ def check_unchanged(checkpoint: Checkpoint, state: Mapping[str, list[int]], work
             f"{checkpoint.folder / changed[0]} changed while it was being read, so that what was made of it is no one "
             "model's and was thrown away; run the command again once nothing writes there"
         )
-
-
-def check_anchored(recipe: Recipe, calibrate: Any, moments: Any, factors: Any = None, ray: str | None = None) -> None:
-    """Raise PlanError for an anchored run without a text, or with what it has no use for."""
-    if not recipe.anchored:
-        return
-    if calibrate is None:
-        raise PlanError(
-            "an anchored run needs the inputs that the compressed model computes on a text, of which moments of the "
-            "original alone know nothing; pass --calibrate TEXT, or leave --anchored out"
-        )
-    for name, given in (("moments", moments), ("factors", factors), ("ray", ray)):
-        if given is not None:
-            raise PlanError(
-                f"--{name} does not go with --anchored: each stack depends on those before it, as they are here; leave "
-                "one of the two out"
-            )
-
-
-def check_refit(recipe: Recipe, calibrate: Any) -> None:
-    """Raise PlanError for a refit without a text; a found recipe that narrows nothing has nothing to refit."""
-    narrows = not recipe.budget and any(part.method == "narrow" for part in recipe.members())
-    if recipe.refit and narrows and calibrate is None:
-        raise PlanError(
-            "a refit needs what the model computes on a text, of which moments alone do not tell enough; pass "
-            "--calibrate TEXT, or --no-refit"
-        )
-
-
-def default_out(planned: Plan) -> Path:
-    """Name an output folder after model, method and rank."""
-    recipe = planned.recipe
-    if recipe.method == "narrow":
-        sizes = {"w": recipe.width, "kv": recipe.kv_heads}
-        text = "-".join(f"{name}{size_text(size)}" for name, size in sizes.items() if size is not None)
-    elif recipe.method == "mixed":
-        text = f"{len(recipe.parts)}-parts"
-    else:
-        text = f"r{size_text(recipe.rank)}"
-    return Path(f"{_stem(planned.checkpoint)}-{recipe.method}-{text}")
-
-
-def _stem(checkpoint: Checkpoint) -> str:
-    """Return what names of outputs begin with."""
-    origin = Path(checkpoint.origin)
-    return origin.stem if origin.suffix == ".gguf" else origin.resolve().name
-
-
-def _budget_text(recipe: Recipe) -> str:
-    """Write a budget as part of a file's name."""
-    size = f"keep{recipe.keep:g}" if recipe.keep is not None else f"{recipe.size}-bytes"
-    return f"plain-{size}" if recipe.plain else size
-
-
-def size_text(size: object) -> str:
-    """Write a rank or a width as part of a file's name."""
-    return "-".join(map(str, size)) if isinstance(size, tuple) else str(size)
-
-
-def pick_device(device: str) -> torch.device:
-    """Resolve ``auto`` to CUDA where there is one.
-
-    Raises: PlanError: the device is unknown, or not on this machine.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as e:
-        raise PlanError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from e
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise PlanError(f"device {device!r} is not on this machine (torch {torch.__version__} sees no GPU); use cpu")
-    return chosen
 
 
 def run_identity(

@@ -18,7 +18,7 @@ from trawl.errors import LoadError, PlanError, suggestion
 from trawl.evaluation.tasks import PairsTask, Task
 from trawl.hf.load import check_folder, load
 from trawl.models import OWN_CODE, no_bars, own_code_refused
-from trawl.pipeline import pick_device
+from trawl.options import pick_device
 from trawl.tokens import encode_plain, position_limit, prefix_tokens
 
 DTYPES = {
