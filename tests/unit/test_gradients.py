@@ -15,7 +15,7 @@ from trawl.calibration import Moments, gradients
 from trawl.calibration.gradients import gather_gradients
 from trawl.calibration.outputs import OutputMoments, output_file, write_output_record
 from trawl.calibration.streaming import open_chain
-from trawl.calibration.weights import EVEN, stack_weights
+from trawl.calibration.weights import DAMPING, stack_weights
 from trawl.checkpoint import open_folder
 from trawl.decompose import CP, SVD, TensorSlices, Tucker, Weights
 from trawl.decompose.weighing import measured
@@ -201,10 +201,19 @@ def test_outputs_of_joined_slices_are_independent(weighted):
         moment = moments.outputs.matrix(part)
         extra = inner[place.rows, place.rows] - moment
         assert torch.allclose(
-            extra, EVEN * moment.diagonal().mean() * torch.eye(len(moment)), rtol=1e-3, atol=1e-4 * extra.max()
+            extra, DAMPING * moment.diagonal().mean() * torch.eye(len(moment)), rtol=1e-3, atol=1e-4 * extra.max()
         )
     assert stack.roles == ("q", "k", "v")
     assert torch.count_nonzero(inner[HIDDEN:, :HIDDEN]) == 0
+
+
+def test_a_fisher_diagonal_is_not_damped(weighted):
+    folder, out = weighted
+    moments = Moments.open(out, open_folder(folder), "fisher")
+    for stack in make_stacks(match_checkpoint(open_folder(folder)).placements, 1, single=True, share="input"):
+        weights = stack_weights(moments, stack)
+        rows = torch.cat([moments.outputs.matrix(part) for part in stack.slices])
+        assert torch.equal(weights.hidden[0] if stack.roles[0] in READ_INNER else weights.inner[0], rows)
 
 
 def test_a_folder_without_gradients_says_how_to_add_them(zoo, tmp_path):

@@ -17,7 +17,7 @@ from safetensors.torch import save as serialize
 from trawl.budget.curves import Point, Workshop
 from trawl.budget.pieces import TRIAL_SHARES, Form, Piece, Structure
 from trawl.calibration import Moments
-from trawl.calibration.weights import EVEN
+from trawl.calibration.weights import DAMPING
 from trawl.narrowing import Elimination
 from trawl.shards import sealed
 
@@ -119,7 +119,7 @@ class Ledger:
         """Open the ledger of what is measured with some moments, on some windows."""
         kind = moments.outputs.kind if moments.outputs else "none"
         digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
-        values = {"moments": moments.fingerprint, "outputs": kind, "even": EVEN, "windows": digest}
+        values = {"moments": moments.fingerprint, "outputs": kind, "damping": DAMPING, "windows": digest}
         return cls(folder, {"format_version": FORMAT_VERSION, **values})
 
     def load(self, piece: Piece) -> Measured | None:

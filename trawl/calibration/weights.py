@@ -12,7 +12,7 @@ from trawl.stacking import READ_INNER, Stack
 
 UNSEEN = 0.1  # occurrences of every token that are added to those counted
 EMBED_SHARE = 0.01  # of the error of tied embeddings as such, beside their error as the head
-EVEN = 0.1  # of the mean eigenvalue of moments of gradients: what every direction of an output counts at least
+DAMPING = 0.1  # of a moment of gradients' mean eigenvalue, added to each
 
 
 def stack_weights(moments: Moments, stack: Stack) -> Weights:
@@ -20,9 +20,9 @@ def stack_weights(moments: Moments, stack: Stack) -> Weights:
 
     A slice of q, k, v, gate or up reads the residual stream, one of o or down the inner side. A joined stack is one
     matrix and gets the mean of its slices' moments, which for slices of one layer is the moment of each. The other
-    side has the moments of gradients, where there are some: how much the loss depends on each output. A direction that
-    hardly any gradient has seen counts a tenth of the mean direction, since a large error is no longer what gradients
-    speak of. Outside the layers rows are weighed by how often their tokens occur.
+    side has the moments of gradients, where there are some: how much the loss depends on each output. Those of
+    ``kronecker`` are damped: gradients speak of small errors, and a direction that none has seen would be given up.
+    Outside the layers rows are weighed by how often their tokens occur.
 
     Args:
         moments: of the stack's checkpoint.
@@ -36,7 +36,7 @@ def stack_weights(moments: Moments, stack: Stack) -> Weights:
         return _outside_weights(moments, stack.slices[0])
     keys = [moments.key(part) for part in stack.slices]
     matrices = {key: moments.moment(key).matrix for key in dict.fromkeys(keys) if key}
-    outputs = [_evened(moments.outputs.matrix(part)) if moments.outputs else None for part in stack.slices]
+    outputs = [_damped(moments.outputs.matrix(part)) if moments.outputs else None for part in stack.slices]
     if stack.joined:
         return Weights((_independent(outputs),), (_mean(list(matrices.values())),))
     sides = [
@@ -64,13 +64,16 @@ def _outside_weights(moments: Moments, part: Placement) -> Weights:
     return Weights((rows,), (head,))
 
 
-def _evened(gradients: Tensor | None) -> Tensor | None:
-    """Return a moment of gradients to which a share of its mean is added in every direction; a diagonal as it is."""
+def _damped(gradients: Tensor | None) -> Tensor | None:
+    """Return a moment of gradients with a share of its mean eigenvalue added to each; a diagonal as it is.
+
+    Reference: Martens & Grosse 2015, arXiv:1503.05671, section 6.
+    """
     if gradients is None or gradients.dim() == 1:
         return gradients
-    evened = gradients.clone()
-    evened.diagonal().add_(EVEN * float(gradients.diagonal().double().mean()))
-    return evened
+    damped = gradients.clone()
+    damped.diagonal().add_(DAMPING * float(gradients.diagonal().double().mean()))
+    return damped
 
 
 def _independent(outputs: list[Tensor | None]) -> Tensor | None:
