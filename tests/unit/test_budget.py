@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from trawl.budget import Form, Option, choose, make_pieces
 from trawl.budget import choosing as choosing_module
+from trawl.budget import ledger as ledger_module
 from trawl.budget.curves import Point, Workshop
-from trawl.budget.ledger import Measured
+from trawl.budget.ledger import Ledger, Measured
 from trawl.budget.pieces import SMALLEST, TRIAL_SHARES, Piece, make_pairs
 from trawl.budget.trials import close_ones, probe_blocks
 from trawl.calibration import make_moments, random_calibration
@@ -135,6 +136,16 @@ def workshop(zoo, tmp_path_factory):
     match = match_checkpoint(checkpoint)
     moments = make_moments(random_calibration(checkpoint, match, 256), tmp_path_factory.mktemp("moments"))
     return Workshop(checkpoint, moments, CPU), make_pieces(match, Recipe(keep=0.5))
+
+
+def test_what_was_measured_with_other_damping_or_on_another_text_is_not_known(workshop, tmp_path, monkeypatch):
+    workshop, (piece, *_) = workshop
+    windows = torch.arange(6).view(2, 3)
+    Ledger.of(tmp_path, workshop.moments, windows).save(Measured(piece, [], {("narrow", (16,)): (0.25, 0.5)}))
+    assert Ledger.of(tmp_path, workshop.moments, windows).load(piece).damages == {("narrow", (16,)): (0.25, 0.5)}
+    assert Ledger.of(tmp_path, workshop.moments, windows + 1).load(piece) is None
+    monkeypatch.setattr(ledger_module, "DAMPING", 0.5)
+    assert Ledger.of(tmp_path, workshop.moments, windows).load(piece) is None
 
 
 def output_error(workshop, part, changed):
