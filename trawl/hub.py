@@ -34,7 +34,7 @@ from trawl.checkpoint import (
 from trawl.errors import CheckpointError, shown
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of whichever client the library is built on
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # "./model" is a path
 NOT_WEIGHTS = [*(f"*{suffix}" for suffix in FOREIGN_WEIGHT_SUFFIXES), "original/*", "onnx/*", "openvino/*", "coreml/*"]
 
 

@@ -134,6 +134,7 @@ def test_save_recipe_and_recipe_give_the_same_plan(run, zoo, tmp_path):
 MISTAKES = [
     (["{model}"], "no rank given; pass --rank"),
     (["{tmp}/absent", "--rank", "4"], "no such folder: .*absent"),
+    (["./absent", "--rank", "4"], "no such folder: ./absent"),
     (["nobody/nothing", "--rank", "4"], "no such folder: nobody/nothing; as a hub id .* HF_HUB_OFFLINE is set"),
     (["{tmp}/absent.gguf", "--rank", "4"], "no such file: .*absent.gguf"),
     (["{model}", "--rank", "0"], "rank.* 0"),
