@@ -72,7 +72,7 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--compute",
         metavar="float32|bf16",
-        help="bf16 is faster where the processor is: range finder, calibration; errors are still measured in float32.",
+        help="bf16 is faster where the processor has units for it: range finder, calibration; errors in float32.",
     ),
     click.option("--engine", metavar="streaming|tensorly", help="tensorly holds the stack in memory, the reference."),
     click.option(

@@ -26,6 +26,7 @@ from trawl.observers import Observer, silent
 from trawl.options import budget_out, check_anchored, check_refit, check_together, default_out, pick_device
 from trawl.output import copy_side_files, factor_path, load_result, write_config, write_shards
 from trawl.planning import Plan, make_plan
+from trawl.processor import multiplies_bfloat16
 from trawl.recipe import Recipe
 from trawl.records import Report, read_report, report_stack, write_json, write_records
 from trawl.stacking import scan
@@ -136,7 +137,7 @@ def _anchored_note(text: Calibration) -> str:
 
 def _refit_note(narrowed: Narrowed, text: Calibration) -> str:
     """Say what a refit will do, for a plan."""
-    itemsize = 2 if text.compute == "bf16" else 4
+    itemsize = 2 if text.compute == "bf16" and multiplies_bfloat16(text.device) else 4
     widest = max(cut.reader.shape[0] * cut.keep // cut.units for cut in narrowed.cuts)
     hidden = narrowed.cuts[0].reader.shape[1]
     needed = text.tokens * (itemsize * (widest + 5 * hidden) + 4 * 4 * hidden)

@@ -69,7 +69,7 @@ class Recipe(BaseModel):
         n_iter_max: cap on sweeps; None takes the method's own.
         tol: change of fit under which sweeps stop; None takes the method's own.
         compute: ``"bf16"`` lets the range finder, and the model on a calibration text, multiply in bfloat16, where the
-            processor is fast at it; the default of a budget.
+            processor has units for it; the default of a budget.
         engine: ``"streaming"``, or ``"tensorly"`` for the whole stack in memory, the reference.
     """
 

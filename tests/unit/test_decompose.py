@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import KINDS, fitting, make_stack, stacks
-from trawl.decompose import CP, SVD, TensorSlices, Tucker, decompose
+from trawl.decompose import CP, SVD, TensorSlices, Tucker, decompose, streaming
 from trawl.decompose.range_finder import hidden_basis, orthonormal, row_subspace
 from trawl.decompose.streaming import BLOCK_ENTRIES, Stream, TransposedSlices
 from trawl.errors import PlanError, RankError, ShapeError
@@ -283,11 +283,16 @@ def test_convergence_is_recorded(caplog):
     assert not caplog.records
 
 
-def test_bfloat16_products_only_guide_the_start():
+def test_bfloat16_products_only_guide_the_start(monkeypatch):
+    """On any processor: one without units for them takes float32 in their place."""
+    monkeypatch.setattr(streaming, "multiplies_bfloat16", lambda _: True)
     x = make_stack("random", (3, 1200, 1100), 5, 0).bfloat16()
     plain, low = (decompose(x, Tucker(4, compute=compute)) for compute in ("float32", "bfloat16"))
     assert low.relative_error == pytest.approx(error_of(x, low), rel=1e-5)
     assert low.relative_error == pytest.approx(plain.relative_error, rel=1e-4)
+    monkeypatch.setattr(streaming, "multiplies_bfloat16", lambda _: False)
+    assert torch.equal(decompose(x, Tucker(4, compute="bfloat16")).left, plain.left)
+    assert not torch.equal(low.left, plain.left)
 
 
 def test_slices_are_read_one_at_a_time():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trawl.decompose.source import SliceSource
 from trawl.errors import ShapeError
+from trawl.processor import multiplies_bfloat16
 
 BLOCK_ENTRIES = 1 << 20  # of a slice are upcast at a time: 4 MiB in float32, within the processor's second-level caches
 PLAIN_EXPONENT = 20  # magnitudes within 2^±20 need no scaling: their squares and sums stay far from float32's limits
@@ -186,7 +187,7 @@ class Panel:
 
     def _product(self, matrix: Tensor, operand: Tensor, *, along: bool, fast: bool) -> Tensor:
         """Return ``operandᵀ matrix``; blocks run ``along`` the columns of the matrix, or along its rows."""
-        if fast:
+        if fast and multiplies_bfloat16(matrix.device):
             return self._low_precision(matrix, operand)
         operand = self.like(operand)
         if self.direct:
@@ -202,7 +203,7 @@ class Panel:
         return product
 
     def _low_precision(self, matrix: Tensor, operand: Tensor) -> Tensor:
-        """Multiply in bfloat16, for processors with fast bfloat16 products."""
+        """Multiply in bfloat16."""
         low = operand.to(dtype=torch.bfloat16, device=matrix.device)
         if matrix.dtype == torch.bfloat16 and self.scale == 1.0:
             return self.like(low.T @ matrix)

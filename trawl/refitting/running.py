@@ -18,6 +18,7 @@ from trawl.models import fast_products
 from trawl.narrowing import Cut, Narrowing, padded_tensors
 from trawl.observers import Observer, silent
 from trawl.planning import Plan
+from trawl.processor import multiplies_bfloat16
 from trawl.refitting.fitting import Refit
 from trawl.refitting.inner import InnerFunction
 from trawl.writing import fill, slice_of
@@ -122,4 +123,5 @@ def _open(planned: Plan, chain: BlockChain, block: Block, cut: Cut, compute: str
     shapes = {part: checkpoint.tensors[part.tensor].shape for part in parts}
     inner = InnerFunction(block, parts, {part: names[part.tensor][0] for part in parts}, shapes)
     outputs = planned.moments.outputs.matrix(cut.reader) if planned.moments and planned.moments.outputs else None
-    return Refit(checkpoint, cut, inner, torch.bfloat16 if compute == "bf16" else torch.float32, outputs)
+    low = compute == "bf16" and multiplies_bfloat16(chain.device)
+    return Refit(checkpoint, cut, inner, torch.bfloat16 if low else torch.float32, outputs)
