@@ -15,6 +15,7 @@ from trawl.descriptor import DescribedStack, Descriptor
 from trawl.descriptor_reader import parse_descriptor
 from trawl.errors import CheckpointError, LoadError
 from trawl.factors import Factors
+from trawl.interpolation import ORDER, check_order, restored
 from trawl.layout import ShardLayout, dense_layout
 from trawl.observers import Observer, silent
 from trawl.records import write_index, write_json
@@ -91,8 +92,11 @@ def _parts(checkpoint: Checkpoint, descriptor: Descriptor, layout: ShardLayout) 
 
     @lru_cache(maxsize=1)
     def factors(stack: DescribedStack) -> Factors:
-        tensors = {factor: checkpoint.read(name) for factor, name in stack.factor_names.items()}
-        stored = Factors(tensors["left"], tensors["right"], tensors["core"], tensors.get("stack"))
+        # Copies, for bits as they were written: a product's last ones may depend on where in memory its factors begin.
+        tensors = {factor: checkpoint.read(name).clone() for factor, name in stack.factor_names.items()}
+        for side in stack.interpolated:
+            check_order(tensors[side + ORDER], f"{checkpoint.folder}: tensor {stack.factor_names[side + ORDER]}")
+        stored = Factors(**restored(tensors))  # type: ignore[arg-type]
         return stored.to(dtype=torch.float64 if stack.dtype == "F64" else torch.float32)
 
     narrow = {part.tensor: part for part in descriptor.narrow}

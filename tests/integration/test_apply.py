@@ -24,7 +24,7 @@ def test_apply_gives_what_compress_and_load_give(name, write, zoo, tmp_path):
     model = build_zoo(name)
     before = logits(model)
     stacks = trawl.apply(model, recipe)
-    torch.testing.assert_close(logits(model), logits(loaded), rtol=1e-4, atol=1e-5)
+    assert (logits(model) - logits(loaded)).abs().max() < 1e-4 * logits(loaded).abs().max()
     assert (logits(model) - before).abs().max() > 1e-3
     for one, other in zip(stacks, report.stacks, strict=True):
         assert one.relative_error == pytest.approx(other.relative_error, rel=1e-4)

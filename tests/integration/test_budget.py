@@ -152,10 +152,10 @@ def test_a_damage_is_measured_until_its_error_suffices(
         return found[-len(changes) :]
 
     monkeypatch.setattr(damage_module.Gauge, "measure", measure)
-    monkeypatch.setattr(damage_module, "NEGLIGIBLE", -1.0)
-    for share, windows in ((1e9, 3), (0.0, 6)):
+    for share, negligible, windows in ((1e9, 1e-7, 3), (0.0, -1.0, 6)):  # 1e-7: the error of no damage is rounding
         found.clear()
         monkeypatch.setattr(damage_module, "SUFFICES", share)
+        monkeypatch.setattr(damage_module, "NEGLIGIBLE", negligible)
         folder = tmp_path / str(windows)
         shutil.copytree(kept, folder, ignore=shutil.ignore_patterns("damage-*"))
         trawl.find_recipe(model, trawl.Recipe(keep=0.8), folder, calibrate=text, calibration_tokens=TOKENS)

@@ -64,7 +64,7 @@ def test_a_factored_model_is_saved_and_made_dense_again(zoo, tmp_path, name):
     model = trawl.load(tmp_path / "factored")
     model.save_pretrained(tmp_path / "saved")
     again = trawl.load(tmp_path / "saved")
-    assert torch.equal(logits(again), logits(model))
+    assert (logits(again) - logits(model)).abs().max() < 1e-4  # memory decides the kernel, and the last bits
     for source in ("factored", "saved"):
         trawl.densify(tmp_path / source, tmp_path / f"{source}-dense")
         found = load_file(tmp_path / f"{source}-dense" / "model.safetensors")

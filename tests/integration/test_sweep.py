@@ -35,13 +35,14 @@ MANY = {"methods": ("cp", "svd"), "ranks": (1, 2, 5), "objectives": ("log_loss",
 FEW = {"methods": ("svd",), "ranks": (2,), "objectives": ("log_loss",), "layers": "2"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Let this process and the others compute with the same number of threads."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Let this process, in the fixtures below too, and the others compute with the same number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 
