@@ -22,12 +22,14 @@ from typing import Any, Literal
 
 from trawl.checkpoint import TensorInfo
 from trawl.errors import LoadError, PlanError, ShapeError
+from trawl.interpolation import ORDER, Side, interpolated_sides, stored_shapes
 from trawl.narrow_tensor import NarrowTensor, find_narrow_fault
 from trawl.stacking import Place, Stack, make_places
 from trawl.views import View, parse, solve
 
 METHOD = "trawl"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+KNOWN_VERSIONS = (1, 2)  # the first has no factors in interpolative form
 EMPTY = (0,)  # shape of the tensor that keeps a replaced tensor's name
 
 Core = Literal["diagonal", "full"]
@@ -71,6 +73,7 @@ class DescribedStack:
         factors: what the names of the factor tensors begin with.
         slices: in the order of the stack mode, or of the rows of the joined matrix.
         joined: whether the slices are one matrix, each a range of rows of the left factor.
+        interpolated: the factors in interpolative form, of which some rows are not stored.
     """
 
     name: str
@@ -82,6 +85,7 @@ class DescribedStack:
     factors: str
     slices: tuple[DescribedSlice, ...]
     joined: bool = False
+    interpolated: tuple[Side, ...] = ()
 
     @cached_property
     def places(self) -> tuple[Place, ...]:
@@ -90,11 +94,12 @@ class DescribedStack:
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each factor: left, right, core, and stack where the stack mode is compressed."""
-        (size, inner, hidden), (mixed, r1, r2) = self.shape, self.rank
-        core = (mixed, r1) if self.core == "diagonal" else (mixed, r1, r2)
-        shapes: dict[str, tuple[int, ...]] = {"left": (inner, r1), "right": (hidden, r2), "core": core}
-        return shapes | {"stack": (size, mixed)} if self.stack_factor else shapes
+        """Shape of each factor: left, right, core, stack where that mode is compressed, and the orders of rows."""
+        return stored_shapes(self.shape, self.rank, full=self.core == "full", sides=self.interpolated)
+
+    def dtype_of(self, factor: str) -> str:
+        """Return safetensors' name of the dtype that a factor is stored in; orders of rows are integers."""
+        return "I64" if factor.endswith(ORDER) else self.dtype
 
     @property
     def factor_names(self) -> dict[str, str]:
@@ -118,6 +123,7 @@ class DescribedStack:
             "factors": self.factors,
             "slices": [part.to_json() for part in self.slices],
             **({"joined": True} if self.joined else {}),
+            **({"interpolated": list(self.interpolated)} if self.interpolated else {}),
         }
 
 
@@ -172,10 +178,11 @@ class Descriptor:
             for factor, shape in stack.factor_shapes.items():
                 name = stack.factor_names[factor]
                 info = _stored(tensors, name, f"{where}: factor {factor} of stack {stack.name}")
-                if info.shape != shape or info.dtype != stack.dtype:
+                dtype = stack.dtype_of(factor)
+                if info.shape != shape or info.dtype != dtype:
                     raise LoadError(
                         f"{where}: tensor {name} in {info.shard} is {info.shape} {info.dtype}; config.json describes "
-                        f"{shape} {stack.dtype} for stack {stack.name}. Config and shards do not belong together"
+                        f"{shape} {dtype} for stack {stack.name}. Config and shards do not belong together"
                     )
         for name in self.slices:
             info = _stored(tensors, name, f"{where}: the empty stand-in of a factored tensor")
@@ -261,8 +268,9 @@ def describe_stack(
             )
         slices.append(DescribedSlice(part.tensor, shape, part.view))
     stored = dtype or tensors[first].dtype
+    sides = interpolated_sides(stack.shape, rank, full=core == "full")
     return DescribedStack(
-        stack.name, stack.shape, rank, core, stack_factor, stored, prefix, tuple(slices), stack.joined
+        stack.name, stack.shape, rank, core, stack_factor, stored, prefix, tuple(slices), stack.joined, sides
     )
 
 
@@ -282,6 +290,7 @@ def find_fault(descriptor: Descriptor) -> str | None:
     """Return in words what contradicts itself in a descriptor whose types are right, None if nothing does."""
     checks = chain(  # lazily: later ones rest on the earlier ones
         (_stack_fault(stack) for stack in descriptor.stacks),
+        (_interpolation_fault(stack) for stack in descriptor.stacks),
         (_name_fault(stacks) for stacks in (descriptor.stacks,)),
         (_cover_fault(tensor, parts) for tensor, parts in descriptor.slices.items()),
         (find_narrow_fault(narrow, descriptor.slices) for narrow in (descriptor.narrow,)),
@@ -320,6 +329,17 @@ def _rank_fault(stack: DescribedStack) -> str | None:
     if stack.core == "full" and (r1 > inner or r2 > hidden):
         return f"{what} of shape {stack.shape} has the ranks {stack.rank}, above its sizes"
     return None
+
+
+def _interpolation_fault(stack: DescribedStack) -> str | None:
+    """Check which factors are in interpolative form: those that the sizes say, or none, as in the first version."""
+    sides = interpolated_sides(stack.shape, stack.rank, full=stack.core == "full")
+    if stack.interpolated in ((), sides):
+        return None
+    return (
+        f"stack {stack.name} of shape {stack.shape} and ranks {stack.rank} has factors in interpolative form: "
+        f"{', '.join(stack.interpolated)}; expected {', '.join(sides) or 'none'}"
+    )
 
 
 def _slice_fault(part: DescribedSlice, inner: int | None, hidden: int) -> str | None:

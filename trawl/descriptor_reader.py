@@ -7,8 +7,18 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from trawl.checkpoint import FLOAT_DTYPES
-from trawl.descriptor import FORMAT_VERSION, METHOD, Core, DescribedSlice, DescribedStack, Descriptor, find_fault
+from trawl.descriptor import (
+    FORMAT_VERSION,
+    KNOWN_VERSIONS,
+    METHOD,
+    Core,
+    DescribedSlice,
+    DescribedStack,
+    Descriptor,
+    find_fault,
+)
 from trawl.errors import LoadError, ShapeError, shown
+from trawl.interpolation import Side
 from trawl.narrow_tensor import NarrowTensor
 from trawl.views import View
 
@@ -35,8 +45,9 @@ def parse_descriptor(value: object, where: str) -> Descriptor:
     method, version = reader.take("quant_method"), reader.take("format_version")
     if method != METHOD:
         reader.fail("quant_method", method, repr(METHOD))
-    if type(version) is not int or version != FORMAT_VERSION:
-        reader.fail("format_version", version, f"{FORMAT_VERSION}, which this trawl reads; install a newer trawl")
+    if type(version) is not int or version not in KNOWN_VERSIONS:
+        known = " or ".join(map(str, KNOWN_VERSIONS))
+        reader.fail("format_version", version, f"{known}, which this trawl reads; install a newer trawl")
     narrow = reader.items("narrow") if "narrow" in reader.left else []
     stacks = reader.items("stacks", empty=bool(narrow))
     reader.close()
@@ -60,6 +71,7 @@ def _stack(reader: _Fields) -> DescribedStack:
         factors=reader.name("factors", TENSOR_NAME),
         slices=tuple(_slice(each) for each in reader.items("slices")),
         joined=reader.flag("joined", absent=False),
+        interpolated=reader.sides("interpolated"),
     )
     reader.close()
     return stack
@@ -156,6 +168,15 @@ class _Fields:
         if not isinstance(value, bool):
             self.fail(field, value, "true or false")
         return value is True
+
+    def sides(self, field: str) -> tuple[Side, ...]:
+        """Return the factors that a list names, left before right; it may be absent."""
+        value = self.left.pop(field, [])
+        known: tuple[Side, ...] = ("left", "right")
+        found = tuple(side for side in known if isinstance(value, list) and side in value)
+        if value != list(found):
+            self.fail(field, value, "a list of left, right, or both in this order")
+        return found
 
     def sizes(self, field: str) -> tuple[int, ...]:
         """Return a list of sizes."""

@@ -18,6 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from trawl.errors import LoadError, ShapeError, shown
+from trawl.interpolation import ORDER, interpolate, interpolated_sides
 from trawl.shards import sealed
 from trawl.untrusted import parse_json
 
@@ -40,6 +41,8 @@ class Factors:
         iterations: sweeps that the method made.
         converged: whether the change of fit fell under the method's tolerance before its cap on sweeps.
         weighted_error: the relative error as second moments weigh it; None where nothing weighed it.
+        left_order: (inner,), where left is in interpolative form: the rows that are the identity's, then the others.
+        right_order: (hidden,), likewise.
     """
 
     left: Tensor
@@ -50,6 +53,8 @@ class Factors:
     iterations: int = 0
     converged: bool = True
     weighted_error: float | None = None
+    left_order: Tensor | None = None
+    right_order: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, tensor, ranks in (
@@ -84,9 +89,8 @@ class Factors:
 
     @property
     def parameters(self) -> int:
-        """Number of stored factor entries."""
-        parts = (self.left, self.right, self.core, self.stack)
-        return sum(part.numel() for part in parts if part is not None)
+        """Number of entries that are stored in a checkpoint: see :meth:`stored`."""
+        return sum(part.numel() for part in self.stored().values())
 
     @property
     def kept_energy(self) -> float:
@@ -146,6 +150,36 @@ class Factors:
             core=torch.ldexp(self.core, -down - across),
         )
 
+    def interpolated(self) -> Factors:
+        """Return the same factors in interpolative form, where that is smaller; no longer to be cut to a lower rank.
+
+        Cost: O((inner + hidden) r²) operations; a few copies of the factors in float64.
+        Reference: see :mod:`trawl.interpolation`.
+        """
+        full = self.core.dim() == 3
+        left, right, core = self.left.double(), self.right.double(), self.core.double()
+        orders: dict[str, Tensor] = {}
+        for side in interpolated_sides(self.shape, self.rank, full=full):
+            if side == "left":
+                left, square, orders[side + ORDER] = interpolate(left)
+                core = square @ core
+            else:
+                right, square, orders[side + ORDER] = interpolate(right)
+                if full:
+                    core = core @ square.T
+                else:
+                    left, core = (left * core[0]) @ square.T, torch.ones_like(core)
+        dtype = self.left.dtype
+        return replace(self, left=left.to(dtype), right=right.to(dtype), core=core.to(dtype), **orders)  # type: ignore[arg-type]
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what a checkpoint stores, by name: of factors in interpolative form other rows and the order."""
+        parts = self.tensors()
+        for side, order in (("left", self.left_order), ("right", self.right_order)):
+            if order is not None:
+                parts |= {side: parts[side][order[parts[side].shape[1] :]], side + ORDER: order}
+        return parts
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the stored tensors by name: left, right, core, and stack where the stack mode is compressed."""
         parts = {"left": self.left, "right": self.right, "core": self.core}
@@ -183,7 +217,8 @@ class Factors:
         try:
             with safe_open(path, framework="pt") as file:
                 header = parse_json((file.metadata() or {})["trawl"].encode())
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                # Copies, since the last bits of a product may depend on where in memory its factors begin.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise LoadError(f"{path} is not a readable factor file: {e}; delete it and decompose again") from e
         if not isinstance(header, dict):

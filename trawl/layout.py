@@ -59,7 +59,8 @@ def make_layout(
     for stack in descriptor.stacks:
         first = factors.setdefault(stack.slices[0].tensor, [])
         first += [
-            Entry(stack.factor_names[factor], stack.dtype, shape) for factor, shape in stack.factor_shapes.items()
+            Entry(stack.factor_names[factor], stack.dtype_of(factor), shape)
+            for factor, shape in stack.factor_shapes.items()
         ]
 
     def replace(entry: Entry) -> Iterable[Entry]:

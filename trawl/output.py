@@ -39,7 +39,7 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
 
     @lru_cache(maxsize=1)  # shards hold stacks in runs
     def factors(name: str) -> Factors:
-        return Factors.load(workspace.factors / f"{name}.safetensors")[0]
+        return Factors.load(workspace.factors / f"{name}.safetensors")[0].interpolated()
 
     @lru_cache(maxsize=1)
     def narrowing(name: str) -> Narrowing:

@@ -35,7 +35,7 @@ class PlannedStack:
     Attributes:
         stack: the slices.
         rank: (stack, inner, hidden).
-        parameters_after: entries of its factors.
+        parameters_after: entries that are stored of its factors.
         flops: floating-point operations of its decomposition, an estimate.
         memory: bytes of its decomposition's working set, an estimate.
         method: with its hyper-parameters; None where units are left out in place of a decomposition.
@@ -47,6 +47,14 @@ class PlannedStack:
     flops: int
     memory: int
     method: Method | None = None
+
+    @property
+    def file_entries(self) -> int:
+        """Entries of its file while a run works: whole factors, or the units that stay."""
+        if self.method is None:
+            return self.parameters_after
+        (size, inner, hidden), (mixed, r1, r2) = self.stack.shape, self.rank
+        return inner * r1 + hidden * r2 + mixed * r1 * r2 + size * mixed
 
     def to_json(self) -> dict[str, Any]:
         """Return the stack as JSON-able values."""
@@ -116,8 +124,8 @@ class Plan:
 
     @property
     def work_bytes(self) -> int:
-        """Bytes of the factor files that stand beside the output while it is made."""
-        return sum(planned.parameters_after * 4 for planned in self.stacks)
+        """Bytes of the files of factors, or of units that stay, that stand beside the output while it is made."""
+        return sum(planned.file_entries * 4 for planned in self.stacks)
 
     @property
     def memory(self) -> int:
@@ -364,15 +372,11 @@ def break_even(recipe: Recipe, stack: Stack) -> str:
     """Say up to which rank a stack's factors are smaller than its matrices."""
     if not isinstance(recipe.rank, int):
         return "lower the ranks"
-    low, high = 0, recipe.rank - 1  # the rank asked for is above it
-    while low < high:
-        middle = (low + high + 1) // 2
-        method = recipe.model_copy(update={"rank": middle}).decomposition()
+    for rank in range(recipe.rank - 1, 0, -1):  # the rank asked for is above it
+        method = recipe.model_copy(update={"rank": rank}).decomposition()
         if method.parameters(stack.shape) <= stack.parameters:
-            low = middle
-        else:
-            high = middle - 1
-    return f"use a rank up to {low}, the break-even"
+            return f"use a rank up to {rank}, the break-even"
+    return "no rank is below break-even"
 
 
 def _notes(chosen: list[Placement], recipe: Recipe) -> list[str]:

@@ -187,7 +187,7 @@ class FactoredWriter:
             exact = self.factors(stack.name)
             rounded = exact.to(dtype=DTYPES[described.dtype])
             measure_stack(self.checkpoint, stack, rounded, exact, self.absmax[stack.name], errors=errors)
-            tensors = rounded.tensors()
+            tensors = rounded.stored()
             stored |= {name: tensors[factor] for factor, name in described.factor_names.items()}
 
         def parts() -> Iterator[FileRange | Tensor]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from math import isqrt
 
 import pytest
 import torch
@@ -23,23 +24,31 @@ from trawl.factors import Factors
 from trawl.families import match_family
 from trawl.hf import FactoredLinear, FactorStack
 from trawl.hf.replacement import stacks_of
+from trawl.interpolation import PAYS
 from trawl.stacking import make_stacks
 
-METHODS = ("cp", "tucker", "mixed", "svd")
+METHODS = ("cp", "tucker", "mixed", "svd", "high tucker", "high svd")  # high: ranks of the interpolative form
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 TOKENS = torch.arange(3, 35).reshape(2, 16)
 
 
 def random_factors(method, shape, generator, dtype):
-    """Small random factors: ranks differ, so that a mix-up of sides shows."""
+    """Small random factors, as they are stored: ranks differ, so that a mix-up of sides shows."""
     size, inner, hidden = shape
-    r1, r2, mixed = (5, 6, 2 if method == "mixed" else size) if method in ("tucker", "mixed") else (4, 4, size)
+    mixed = 2 if method == "mixed" else size
+    high_inner, high_hidden = (isqrt(PAYS * rows) + 1 for rows in (inner, hidden))
+    r1, r2 = {
+        "tucker": (5, 6),
+        "mixed": (5, 6),
+        "high tucker": (high_inner, high_hidden),
+        "high svd": 2 * (min(inner, high_hidden),),
+    }.get(method, (4, 4))
     draw = partial(torch.randn, generator=generator)
-    core = draw(mixed, r1, r2) if method in ("tucker", "mixed") else draw(mixed, r1)
+    core = draw(mixed, r1, r2) if method in ("tucker", "mixed", "high tucker") else draw(mixed, r1)
     factors = Factors(
         draw(inner, r1) * 0.1, draw(hidden, r2) * 0.3, core, draw(size, mixed) if method == "mixed" else None
     )
-    return factors.to(dtype=dtype)
+    return factors.interpolated().to(dtype=dtype)
 
 
 def write_pair(source, method, out, dtype=torch.float32, layers=(1, 2)):
@@ -50,7 +59,7 @@ def write_pair(source, method, out, dtype=torch.float32, layers=(1, 2)):
     generator = torch.Generator().manual_seed(7)
     tensors = {name: checkpoint.read(name).clone() for name in checkpoint.tensors}
     dense, described = dict(tensors), []
-    for stack in make_stacks(placements, None, single=method == "svd"):
+    for stack in make_stacks(placements, None, single=method in ("svd", "high svd")):
         factors = random_factors(method, stack.shape, generator, dtype)
         core = "diagonal" if factors.core.dim() == 2 else "full"
         mixed = factors.stack is not None
@@ -59,7 +68,7 @@ def write_pair(source, method, out, dtype=torch.float32, layers=(1, 2)):
         )
         described.append(item)
         for factor, name in item.factor_names.items():
-            tensors[name] = factors.tensors()[factor]
+            tensors[name] = factors.stored()[factor]
         for index, part in enumerate(stack.slices):
             tensors[part.tensor] = torch.empty(0, dtype=dense[part.tensor].dtype)
             part.view.scatter(factors.to(dtype=torch.float32).slice(index), dense[part.tensor])
@@ -102,6 +111,14 @@ def close(one, other, tolerance=1e-4):
     assert (one - other).abs().max() <= tolerance * other.abs().max()  # two classes of a new head may lie close
 
 
+def same(one, other):
+    """Two models have the same weights; where these lie in memory may choose another kernel, so outputs only agree."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    close(outputs(one), outputs(other), 1e-5 if one.dtype == torch.float32 else 0.02)
+
+
 AUTO = [
     pytest.param(name, auto, id=f"{name}-{auto}")
     for name, entry in ZOO.items()
@@ -134,7 +151,7 @@ def test_every_auto_class_loads_and_saves_under_its_own_names(name, auto, pair, 
     assert not model.load_state_dict(new, strict=False).unexpected_keys  # a new head or pooler is random
     close(outputs(model, TOKENS[:1]), outputs(reference, TOKENS[:1]))
     model.save_pretrained(tmp_path)
-    close(outputs(trawl.hf.load(tmp_path), TOKENS[:1]), outputs(model, TOKENS[:1]), 1e-6)
+    close(outputs(trawl.hf.load(tmp_path), TOKENS[:1]), outputs(model, TOKENS[:1]), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
@@ -153,15 +170,15 @@ def test_a_cast_model_saves_a_folder_that_describes_the_cast(pair, tmp_path):
     stored = load_file(tmp_path / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     again = trawl.hf.load(tmp_path)
-    assert torch.equal(outputs(again), outputs(model))
-    assert torch.equal(outputs(model.to(torch.float32)), outputs(again.float()))
+    same(again, model)
+    same(model.to(torch.float32), again.float())
 
 
 def test_many_shards_load(pair, tmp_path):
     model = trawl.hf.load(pair("llama")[0])
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert torch.equal(outputs(trawl.hf.load(tmp_path)), outputs(model))
+    same(trawl.hf.load(tmp_path), model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
@@ -221,15 +238,14 @@ def test_copies_and_pickles_own_their_factors(pair):
     model = trawl.hf.load(pair("phi3")[0])
     before = outputs(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(outputs(other), before)
-        assert other.state_dict().keys() == model.state_dict().keys()
+        same(other, model)
         owned = {id(module) for module in other.modules() if isinstance(module, FactorStack)}
         assert {id(part.stack) for module in factored_modules(other) for part in module.parts} == owned
         for module in other.modules():
             if isinstance(module, FactorStack):
                 module.core.data.zero_()
-        assert not torch.equal(outputs(other), before)
-    assert torch.equal(outputs(model), before)
+        assert not torch.allclose(outputs(other), before, atol=1e-3)
+    close(outputs(model), before, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt_neox", "bert"])
@@ -257,7 +273,7 @@ def test_state_dict_loads_back(pair):
     for parameter in other.parameters():
         parameter.data.normal_()
     other.load_state_dict(one.state_dict())
-    assert torch.equal(outputs(one), outputs(other))
+    same(one, other)
     assert sum(key.endswith(".left") for key in one.state_dict()) == len(stacks_of(one))
 
 
@@ -388,8 +404,8 @@ BROKEN = {
         "a.1.trawl.b.left .* belongs to no stack",
     ),
     "version": (
-        lambda folder: edit_config(folder, lambda config: config.update(format_version=2)),
-        "format_version is 2",
+        lambda folder: edit_config(folder, lambda config: config.update(format_version=3)),
+        "format_version is 3",
     ),
     "ranks": (
         lambda folder: edit_config(folder, lambda config: config["stacks"][0].update(rank=[4, 7, 6])),

@@ -68,9 +68,9 @@ def joined_example():
 
 def stored(descriptor):
     factors = {
-        name: info(name, shape, stack.dtype)
+        stack.factor_names[factor]: info(stack.factor_names[factor], shape, stack.dtype_of(factor))
         for stack in descriptor.stacks
-        for name, shape in ((stack.factor_names[factor], shape) for factor, shape in stack.factor_shapes.items())
+        for factor, shape in stack.factor_shapes.items()
     }
     return factors | tensors(*((name, (0,)) for name in descriptor.slices))
 
@@ -78,10 +78,18 @@ def stored(descriptor):
 def test_names_shapes_and_counts():
     fc, fused = example().stacks
     assert fc.factor_names == {
-        factor: f"model.layers.0.trawl.fc_0_1.{factor}" for factor in ("left", "right", "core", "stack")
+        factor: f"model.layers.0.trawl.fc_0_1.{factor}" for factor in ("left", "right", "core", "stack", "right_order")
     }
-    assert fc.factor_shapes == {"left": (12, 5), "right": (8, 6), "core": (2, 5, 6), "stack": (6, 2)}
-    assert fc.parameters == 12 * 5 + 8 * 6 + 2 * 5 * 6 + 6 * 2
+    assert fc.interpolated == ("right",)
+    assert fc.factor_shapes == {
+        "left": (12, 5),
+        "right": (2, 6),
+        "core": (2, 5, 6),
+        "stack": (6, 2),
+        "right_order": (8,),
+    }
+    assert fc.parameters == 12 * 5 + 2 * 6 + 2 * 5 * 6 + 6 * 2 + 8
+    assert [fc.dtype_of(factor) for factor in fc.factor_shapes] == ["BF16"] * 4 + ["I64"]
     assert fused.factors == "h.0.trawl.attn_0"
     assert fused.factor_shapes == {"left": (16, 4), "right": (8, 4), "core": (3, 4)}
     assert fused.dtype == "F32"
@@ -90,7 +98,8 @@ def test_names_shapes_and_counts():
 
 def test_json_round_trip():
     value = json.loads(json.dumps(example().to_json()))
-    assert (value["quant_method"], value["format_version"]) == ("trawl", 1)
+    assert (value["quant_method"], value["format_version"]) == ("trawl", 2)
+    assert [stack.get("interpolated") for stack in value["stacks"]] == [["right"], None]
     assert value["stacks"][1]["slices"][2]["view"] == {
         "stored": "(heads part dim) hidden",
         "canonical": "(heads part dim) hidden",
@@ -100,13 +109,20 @@ def test_json_round_trip():
     assert parse_descriptor(value, "config.json") == example()
 
 
+def test_the_first_version_has_whole_factors():
+    value = json.loads(json.dumps(example().to_json())) | {"format_version": 1}
+    del value["stacks"][0]["interpolated"]
+    stack = parse_descriptor(value, "config.json").stacks[0]
+    assert stack.factor_shapes == {"left": (12, 5), "right": (8, 6), "core": (2, 5, 6), "stack": (6, 2)}
+
+
 def test_joined_slices_are_rows_of_the_left_factor():
     (stack,) = joined_example().stacks
     assert stack.shape == (1, 16, 8)
     assert stack.factor_shapes == {"left": (16, 5), "right": (8, 5), "core": (1, 5)}
     assert stack.places == (Place(0, slice(0, 12)), Place(0, slice(12, 16)))
     value = json.loads(json.dumps(joined_example().to_json()))
-    assert (value["format_version"], value["stacks"][0]["joined"]) == (1, True)
+    assert (value["format_version"], value["stacks"][0]["joined"]) == (2, True)
     assert parse_descriptor(value, "config.json") == joined_example()
     assert not any("joined" in stack for stack in example().to_json()["stacks"])  # what older readers know
 
@@ -203,7 +219,13 @@ def put(path, value):
 STACK, SLICE = ("stacks", 0), ("stacks", 0, "slices", 0)
 DAMAGED = [
     (put(("quant_method",), "gptq"), "quant_method is 'gptq'"),
-    (put(("format_version",), 2), "format_version is 2; expected 1, which this trawl reads"),
+    (put(("format_version",), 3), "format_version is 3; expected 1 or 2, which this trawl reads"),
+    (put((*STACK, "interpolated"), ["left"]), "in interpolative form: left; expected right"),
+    (put((*STACK, "interpolated"), ["left", "right"]), "in interpolative form: left, right; expected right"),
+    (put(("stacks", 1, "interpolated"), ["right"]), "in interpolative form: right; expected none"),
+    (put((*STACK, "interpolated"), ["right", "right"]), "a list of left, right, or both in this order"),
+    (put((*STACK, "interpolated"), "right"), "interpolated is 'right'; expected a list of left, right"),
+    (put((*STACK, "interpolated"), [["right"]]), "a list of left, right, or both in this order"),
     (put(("format_version",), True), "format_version is True"),
     (put(("format_version",), ...), "has no format_version"),
     (put(("extra",), 1), "unknown field 'extra'"),

@@ -19,6 +19,7 @@ from trawl.errors import LoadError, ShapeError
 from trawl.factors import Factors
 from trawl.hf.linear import FEW_ROWS, NEVER, FactoredLinear, FactorStack, cheapest_order, make_part, with_neighbours
 from trawl.hf.replacement import check_loaded, install, multiply_out, stacks_of
+from trawl.interpolation import interpolated_sides, restored
 from trawl.views import View
 
 INNER, HIDDEN = 12, 8
@@ -51,13 +52,14 @@ LAYOUTS = {
     "permuted thirds": (thirds("(heads part dim) hidden", "(part dim heads) hidden"), (3 * INNER, HIDDEN), 0),
     "fused outputs": (thirds("(heads part dim) inner", "inner (part heads dim)"), (3 * HIDDEN, INNER), 0),
 }
-RANKS = {"diagonal": (4, 4), "full": (5, 3)}
+RANKS = {"diagonal": (4, 4), "full": (5, 3), "diagonal interpolated": (6, 6), "full interpolated": (7, 6)}
 
 
-def described(views, shape, core, *, mixed=False):
+def described(views, shape, kind, *, mixed=False):
     slices = tuple(DescribedSlice("h.0.w.weight", shape, view) for view in views)
-    rank = (2 if mixed else len(views), *RANKS[core])
-    return DescribedStack("fc.0", (len(views), INNER, HIDDEN), rank, core, mixed, "F32", "h.0.trawl.fc_0", slices)
+    size, rank, core = (len(views), INNER, HIDDEN), (2 if mixed else len(views), *RANKS[kind]), kind.split()[0]
+    sides = interpolated_sides(size, rank, full=core == "full")
+    return DescribedStack("fc.0", size, rank, core, mixed, "F32", "h.0.trawl.fc_0", slices, interpolated=sides)
 
 
 def filled(description, seed=0):
@@ -66,7 +68,14 @@ def filled(description, seed=0):
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.normal_(generator=generator)
+        for order in stack.buffers():
+            order.copy_(torch.randperm(len(order), generator=generator))
     return stack
+
+
+def factors_of(stack):
+    names = stack.description.factor_shapes
+    return Factors(**restored({name: getattr(stack, name).detach() for name in names}))
 
 
 def make(layout, core="full", *, mixed=False, bias=True, together=True):
@@ -76,7 +85,7 @@ def make(layout, core="full", *, mixed=False, bias=True, together=True):
     parts = [make_part(stack, index, out_axis) for index in range(len(views))]
     parts = with_neighbours(parts) if together else parts
     module = FactoredLinear(parts, out_axis, nn.Parameter(torch.randn(shape[out_axis])) if bias else None)
-    factors = Factors(*(getattr(stack, name) for name in ("left", "right", "core", "stack")))
+    factors = factors_of(stack)
     dense = torch.full(shape, float("nan"))
     with torch.no_grad():
         for index, view in enumerate(views):
@@ -89,6 +98,7 @@ CASES = [
     for layout, (views, _, _) in LAYOUTS.items()
     for core in RANKS
     for mixed in (False, True)[: len(views)]
+    if len(views) == 1 or core != "diagonal interpolated"  # of several diagonals no factor is
 ]
 
 
@@ -209,22 +219,29 @@ def test_slices_with_the_same_input_share_products(together, rows, widths):
 WIDTHS = (12, 4, 6)
 
 
-def joined_linears():
-    """Return q, k and v of unequal widths, whose right factor is one."""
+def joined_linears(rank=5):
+    """Return q, k and v of unequal widths, whose right factor is one; of rank 6 it is in interpolative form."""
     slices = tuple(
         DescribedSlice(f"h.0.{name}.weight", (width, HIDDEN), View("inner hidden"))
         for name, width in zip("qkv", WIDTHS, strict=True)
     )
     shape = 1, sum(WIDTHS), HIDDEN
-    stack = filled(DescribedStack("qkv.0", shape, (1, 5, 5), "diagonal", False, "F32", "h.0.trawl.qkv_0", slices, True))
+    ranks = 1, rank, rank
+    sides = interpolated_sides(shape, ranks, full=False)
+    description = DescribedStack(
+        "qkv.0", shape, ranks, "diagonal", False, "F32", "h.0.trawl.qkv_0", slices, joined=True, interpolated=sides
+    )
+    stack = filled(description)
     parts = with_neighbours([make_part(stack, index, 0) for index in range(3)])
     return stack, *(FactoredLinear([part], 0, nn.Parameter(torch.randn(part.placement.sizes[0]))) for part in parts)
 
 
+@pytest.mark.parametrize("rank", [5, 6])
 @pytest.mark.parametrize("grad", [False, True])
-def test_joined_slices_are_rows_of_one_product(grad):
-    stack, *modules = joined_linears()
-    whole = Factors(stack.left, stack.right, stack.core).slice(0).detach().split(WIDTHS)
+def test_joined_slices_are_rows_of_one_product(grad, rank):
+    stack, *modules = joined_linears(rank)
+    assert (stack.right_order is None) == (rank == 5)
+    whole = factors_of(stack).slice(0).split(WIDTHS)
     for module, matrix in zip(modules, whole, strict=True):
         torch.testing.assert_close(module.weight, matrix)
         for batch in ((), (2, 7), (2, FEW_ROWS), (0,)):
@@ -244,8 +261,9 @@ def test_joined_slices_share_one_product_with_right(rows, widths):
         torch.testing.assert_close(output, dense(module, x), rtol=1e-4, atol=1e-4)
 
 
-def test_torch_compile_traces_joined_slices_whole():
-    _, *modules = joined_linears()
+@pytest.mark.parametrize("rank", [5, 6])
+def test_torch_compile_traces_joined_slices_whole(rank):
+    _, *modules = joined_linears(rank)
     x = torch.randn(3, HIDDEN)
     compiled = torch.compile(lambda x: [module(x) for module in modules], backend="eager", fullgraph=True)
     for one, module in zip(compiled(x), modules, strict=True):
@@ -351,8 +369,34 @@ def test_threads_do_not_mix_their_products(together):
     assert not wrong
 
 
-def test_copies_and_pickles_have_factors_and_no_products():
-    module, _ = make("interleaved")
+def test_interpolated_factors_are_multiplied_by_less_than_whole_ones():
+    """Of left (12, 7) and right (8, 6) 5 and 2 rows are read; identity rows are in no product."""
+    module, dense_matrix = make("linear in", "full interpolated")
+    x = torch.randn(3, HIDDEN)
+    with torch.no_grad(), Products() as products:
+        found = module(x)
+    assert module.parts[0].stack.right.shape == (2, 6)
+    assert products.shapes == [(3, 6), (3, 7), (3, 5)]
+    torch.testing.assert_close(found, x @ dense_matrix + module.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_order_that_was_not_loaded_or_is_none_is_refused():
+    model = nn.Module()
+    model.stack = filled(described(LAYOUTS["linear in"][0], (INNER, HIDDEN), "full interpolated"))
+    for tensor in (*model.stack.parameters(), *model.stack.buffers()):
+        tensor.loaded = True
+    check_loaded(model, "loaded")
+    model.stack.left_order[0] = model.stack.left_order[1]
+    with pytest.raises(LoadError, match=r"stack\.left_order of stack fc\.0 is no order of 12 rows"):
+        check_loaded(model, "loaded")
+    del model.stack.left_order.loaded
+    with pytest.raises(LoadError, match=r"factor stack\.left_order of stack fc\.0 was not loaded"):
+        check_loaded(model, "loaded")
+
+
+@pytest.mark.parametrize("core", ["full", "full interpolated"])
+def test_copies_and_pickles_have_factors_and_no_products(core):
+    module, _ = make("interleaved", core)
     x = torch.randn(3, HIDDEN)
     with torch.no_grad():
         expected = module(x)
@@ -362,7 +406,8 @@ def test_copies_and_pickles_have_factors_and_no_products():
             assert other.parts[0].neighbours is other.parts[2].neighbours
             assert other.parts[0].neighbours.stack is other.parts[0].stack
             assert other.parts[0].neighbours.shared._last is None
-            other.parts[0].stack.left.zero_()
+            for parameter in other.parts[0].stack.parameters():
+                parameter.zero_()
             torch.testing.assert_close(other(x), module.bias.expand(3, -1))
         torch.testing.assert_close(module(x), expected)
 

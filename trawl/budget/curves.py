@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trawl.budget.pieces import RANK_STEP, SMALLEST, TRIAL_SHARES, Form, Piece, Structure, side_of
+from trawl.budget.pieces import RANK_STEP, SMALLEST, TRIAL_SHARES, Form, Piece, Structure
 from trawl.calibration import Moment, Moments
 from trawl.calibration.weights import stack_weights
 from trawl.checkpoint import Checkpoint
+from trawl.decompose import SVD
 from trawl.factors import Factors
 from trawl.narrowing import Cut, Elimination, eliminate_units, narrow_stack, padded_tensors
 from trawl.stacking import Stack, StoredSlices
@@ -111,14 +112,17 @@ class Workshop:
         def tail(number: int, rank: int) -> float:
             return float(spectra[number][rank:].sum()) if rank else 0.0
 
+        def entries(number: int, rank: int) -> int:
+            return SVD(rank).parameters(stacks[number].shape) if rank else stacks[number].parameters
+
         def following(number: int) -> int:
             rank = ranks[number] + RANK_STEP
-            return rank if rank * side_of(stacks[number]) < stacks[number].parameters else 0
+            whole = rank > len(spectra[number]) or entries(number, rank) >= stacks[number].parameters
+            return 0 if whole else rank
 
         def gain(number: int) -> tuple[float, int]:
             rank = following(number)
-            before, after = (size * side_of(stacks[number]) for size in (ranks[number], rank))
-            cost = (after or stacks[number].parameters) - before
+            cost = entries(number, rank) - entries(number, ranks[number])
             return (tail(number, rank) - tail(number, ranks[number])) / max(cost, 1), number
 
         queue = [gain(number) for number in range(len(stacks))]

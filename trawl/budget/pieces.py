@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -122,13 +122,17 @@ class Piece:
         """Return the largest form of an FC by ``tucker`` or ``cp`` that holds at most a share of its parameters."""
         (stack,) = self.stacks(structure)
         size, inner, hidden = stack.shape
-        budget, sides = share * stack.parameters, inner + hidden
+
+        def largest(limit: int, sizes: Callable[[int], tuple[int, ...]]) -> tuple[int, ...]:
+            ranks = range(limit, 1, -1)
+            fits = (rank for rank in ranks if self.decomposed(structure, sizes(rank)).parameters <= budget)
+            return sizes(next(fits, 1))
+
+        budget = share * stack.parameters
         if structure == "cp":
-            return self.decomposed("cp", (max(1, int(budget / (size + sides))),))
-        equal = (math.sqrt(sides**2 + 4 * size * budget) - sides) / (2 * size)  # of size r² + sides · r
-        right = max(1, min(hidden, int(equal)))
-        left = max(1, min(inner, int((budget - hidden * right) / (size * right + inner))))
-        return self.decomposed("tucker", (left, right))
+            return self.decomposed("cp", largest(min(inner, hidden) * size, lambda rank: (rank,)))
+        equal, _ = largest(min(inner, hidden), lambda rank: (rank, rank))
+        return self.decomposed("tucker", largest(inner, lambda rank: (rank, equal)))
 
     def methods(self, form: Form) -> list[tuple[Stack, SVD | Tucker | CP | None]]:
         """Return how each stack of a form is decomposed; None for one that stays dense."""
@@ -155,11 +159,6 @@ class Piece:
             for stack, method in self.methods(form)
             if method
         )
-
-
-def side_of(stack: Stack) -> int:
-    """Return the parameters that one rank of a stack's SVD takes."""
-    return sum(stack.shape[1:]) + 1  # + 1: the core
 
 
 def make_pieces(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:

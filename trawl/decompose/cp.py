@@ -31,6 +31,7 @@ from trawl.decompose.weighted import weighted_fit
 from trawl.decompose.weights import Weights
 from trawl.errors import RankError
 from trawl.factors import Factors
+from trawl.interpolation import stored_entries
 
 EXACT_BELOW = 0.1
 COMPRESSION = 2  # columns of the compressing bases for each CP component
@@ -83,8 +84,8 @@ class CP:
         check_one("CP rank", self.rank, self.max_rank(shape), shape, where)
 
     def parameters(self, shape: Shape) -> int:
-        """Number of factor entries, exactly ``Factors.parameters``."""
-        return sum(shape) * self.rank
+        """Number of entries that a checkpoint stores, exactly ``Factors.parameters`` in interpolative form."""
+        return stored_entries(shape, self.ranks(shape), full=False)
 
     def flops(self, shape: Shape) -> int:
         """Floating-point operations of a typical run: the compression, the core's sweeps, two thin products a slice."""

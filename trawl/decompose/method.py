@@ -33,7 +33,7 @@ class Method(Protocol):
         """Raise RankError, naming ``where``, for a rank that a stack of this shape cannot have."""
 
     def parameters(self, shape: Shape) -> int:
-        """Number of factor entries, exactly ``Factors.parameters``."""
+        """Number of entries that a checkpoint stores, exactly ``Factors.parameters`` in interpolative form."""
 
     def flops(self, shape: Shape) -> int:
         """Floating-point operations of a typical run."""

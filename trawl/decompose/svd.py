@@ -27,6 +27,7 @@ from trawl.decompose.weighted_svd import weighted_svd
 from trawl.decompose.weights import Weights
 from trawl.errors import RankError, ShapeError
 from trawl.factors import Factors
+from trawl.interpolation import stored_entries
 
 EXACT_SIDE = 256  # a matrix with a side up to this is decomposed exactly
 EXACT_BELOW = 0.1
@@ -74,8 +75,8 @@ class SVD:
         check_one("SVD rank", self.rank, self.max_rank(shape), shape, where)
 
     def parameters(self, shape: Shape) -> int:
-        """Number of factor entries, exactly ``Factors.parameters``."""
-        return (shape[0] + shape[1] + shape[2]) * self.rank
+        """Number of entries that a checkpoint stores, exactly ``Factors.parameters`` in interpolative form."""
+        return stored_entries(shape, self.ranks(shape), full=False)
 
     def flops(self, shape: Shape) -> int:
         """Floating-point operations of a typical run: two thin products a block."""

@@ -27,6 +27,7 @@ from trawl.decompose.weighted import weighted_fit
 from trawl.decompose.weights import Weights
 from trawl.errors import RankError
 from trawl.factors import Factors
+from trawl.interpolation import stored_entries
 
 EXACT_BELOW = 0.1  # a relative error under this is measured entry by entry: 1 − kept energy has lost digits by then
 TYPICAL_SWEEPS = 6
@@ -79,10 +80,8 @@ class Tucker:
             check_one(f"Tucker {mode} rank", rank, largest, shape, where)
 
     def parameters(self, shape: Shape) -> int:
-        """Number of factor entries, exactly ``Factors.parameters``."""
-        size, inner, hidden = shape
-        r0, r1, r2 = self.ranks(shape)
-        return inner * r1 + hidden * r2 + r0 * r1 * r2 + (size * r0 if r0 < size else 0)
+        """Number of entries that a checkpoint stores, exactly ``Factors.parameters`` in interpolative form."""
+        return stored_entries(shape, self.ranks(shape), full=True)
 
     def flops(self, shape: Shape) -> int:
         """Floating-point operations of a typical run: the start and a few sweeps of two thin products a slice."""

@@ -82,7 +82,7 @@ def in_memory(model: PreTrainedModel, state: dict[str, Tensor]) -> Checkpoint:
 def _decompose(
     planned: Plan, method: Method, absmax: dict[str, float], observer: Observer
 ) -> tuple[dict[str, Factors], dict[str, float]]:
-    """Return balanced factors and seconds by stack."""
+    """Return factors, as a checkpoint stores them, and seconds by stack."""
     factors, seconds = {}, {}
     for item in planned.stacks:
         name = item.stack.name
@@ -90,7 +90,7 @@ def _decompose(
         started = time.perf_counter()
         count = slice_counter(f"decomposing {name}", observer)
         source = StoredSlices(planned.checkpoint, item.stack, absmax[name], device, count)
-        factors[name] = method.decompose(source).balanced()
+        factors[name] = method.decompose(source).balanced().interpolated()
         seconds[name] = time.perf_counter() - started
     return factors, seconds
 
@@ -107,8 +107,8 @@ def _replace_modules(
         measure_stack(planned.checkpoint, item.stack, rounded[name], factors[name], absmax[name], errors=errors)
     for name, stack in install(model, planned.descriptor).items():
         with torch.no_grad():
-            for factor, tensor in rounded[name].tensors().items():
-                stack.get_parameter(factor).copy_(tensor)
+            for factor, tensor in rounded[name].stored().items():
+                getattr(stack, factor).copy_(tensor)
     config = TrawlConfig(**planned.descriptor.to_json())
     model.config.quantization_config = config
     model.hf_quantizer = TrawlQuantizer(config)

@@ -37,7 +37,7 @@ class FactoredEmbedding(FactoredLinear):
         """Return the embeddings of tokens, (..., embedding_dim)."""
         (part,) = self.parts
         rows = functional.embedding(ids, part.stack.left) * part.stack.middle(part.index)
-        found = functional.linear(rows, part.stack.right)
+        found = part.stack.times_transposed("right", rows)
         return found if self.scale is None else found * found.new_tensor(self.scale)
 
     def dense(self) -> nn.Embedding:

@@ -16,6 +16,7 @@ from trawl.descriptor import EMPTY, DescribedStack
 from trawl.errors import ShapeError
 from trawl.factors import Factors
 from trawl.hf.sharing import SharedProduct, may_share
+from trawl.interpolation import Side, restore
 from trawl.views import View, parse, solve
 
 NEVER = 1 << 62  # a number of rows that no input has
@@ -27,20 +28,29 @@ class FactorStack(nn.Module):
 
     Attributes:
         description: what the checkpoint says about the stack.
+        left: (inner, r1), or (inner - r1, r1) in interpolative form: all rows but those of the identity.
+        right: (hidden, r2), or (hidden - r2, r2) likewise.
+        left_order: (inner,) in interpolative form: the identity's rows, then the others; None for a whole factor.
+        right_order: (hidden,) likewise.
     """
 
     left: nn.Parameter
     right: nn.Parameter
     core: nn.Parameter
     stack: nn.Parameter | None
+    left_order: Tensor | None
+    right_order: Tensor | None
 
     def __init__(self, description: DescribedStack, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.description = description
-        for factor, shape in description.factor_shapes.items():
-            self.register_parameter(factor, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
-        if not description.stack_factor:
-            self.register_parameter("stack", None)
+        shapes = description.factor_shapes
+        for factor in ("left", "right", "core", "stack"):
+            made = nn.Parameter(torch.empty(shapes[factor], dtype=dtype, device=device)) if factor in shapes else None
+            self.register_parameter(factor, made)
+        for order in ("left_order", "right_order"):
+            rows = torch.empty(shapes[order], dtype=torch.int64, device=device) if order in shapes else None
+            self.register_buffer(order, rows)
         self.places = description.places
         self.of_hidden: SharedProduct[Tensor] = SharedProduct()
         self.of_inner: SharedProduct[Tensor] = SharedProduct()
@@ -52,8 +62,26 @@ class FactorStack(nn.Module):
         mixed: Tensor = torch.tensordot(self.stack[index], self.core, dims=1)
         return mixed
 
+    def times(self, side: Side, x: Tensor) -> Tensor:
+        """Multiply by a factor, (..., rows) to (..., r)."""
+        factor, order = (self.left, self.left_order) if side == "left" else (self.right, self.right_order)
+        if order is None:
+            return x @ factor
+        rank = factor.shape[1]
+        moved = x.reshape(-1, x.shape[-1]).index_select(-1, order)
+        return torch.addmm(moved[:, :rank], moved[:, rank:], factor).view(*x.shape[:-1], rank)
+
+    def times_transposed(self, side: Side, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Multiply by a factor transposed, (..., r) to (..., rows), and add a bias."""
+        factor, order = (self.left, self.left_order) if side == "left" else (self.right, self.right_order)
+        if order is None:
+            return functional.linear(y, factor, bias)
+        moved = torch.cat([y, functional.linear(y, factor)], -1)
+        rows = torch.empty_like(moved).index_copy_(-1, order, moved)
+        return rows if bias is None else rows + bias
+
     def left_of(self, first: int, stop: int) -> Tensor:
-        """Return the rows of left that a range of slices has: their own, one after the other, where they are joined."""
+        """Return the rows of left, stored whole, that a range of slices has: their own where they are joined."""
         if not self.description.joined or stop - first == len(self.places):
             return self.left
         return self.left[self.places[first].rows.start : self.places[stop - 1].rows.stop]
@@ -61,7 +89,9 @@ class FactorStack(nn.Module):
     def matrix(self, number: int) -> Tensor:
         """Multiply out one slice in float32 or wider, (inner, hidden), detached, rounded once to the factors' dtype."""
         dtype, index = torch.promote_types(self.left.dtype, torch.float32), self.places[number].s
-        left, right = self.left_of(number, number + 1).detach().to(dtype), self.right.detach().to(dtype)
+        left, right = self.left_of(number, number + 1).detach(), self.right.detach()
+        left = (left if self.left_order is None else restore(left, self.left_order)).to(dtype)
+        right = (right if self.right_order is None else restore(right, self.right_order)).to(dtype)
         mixing = None if self.stack is None else self.stack.detach()[index, None].to(dtype)  # (1, A)
         core = self.core.detach() if mixing is not None else self.core.detach()[index, None]
         return Factors(left, right, core.to(dtype), mixing).slice(0).to(self.left.dtype)
@@ -129,18 +159,17 @@ class Neighbours:
     def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of all slices, (..., inner) each."""
         if self.stack.description.joined:
-            scaled = (x @ self.stack.right) * self.stack.middle(0)
+            scaled = self.stack.times("right", x) * self.stack.middle(0)
             outputs = functional.linear(scaled, self.stack.left_of(self.first, self.stop))
             return torch.split(outputs, self._widths, dim=-1)
-        product = x.reshape(-1, x.shape[-1]) @ self.stack.right  # (rows, r2)
+        product = self.stack.times("right", x.reshape(-1, x.shape[-1]))  # (rows, r2)
         middle = self.stack.middle(slice(self.first, self.stop))
         if middle.dim() == 2:
             product = (product[:, None] * middle).flatten(0, 1)  # (rows · slices, r)
         else:
             product = functional.linear(product, middle.flatten(0, 1)).view(-1, middle.shape[1])  # (rows · slices, r1)
-        left = self.stack.left
-        outputs = functional.linear(product, left).view(*x.shape[:-1], self.stop - self.first, left.shape[0])
-        return outputs.unbind(-2)
+        outputs = self.stack.times_transposed("left", product)
+        return outputs.view(*x.shape[:-1], self.stop - self.first, outputs.shape[-1]).unbind(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,30 +215,32 @@ class Part:
     def _multiply_alone(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x · W`` plus a bias for this slice, sharing its first product where that is possible."""
         stack = self.stack
-        left = stack.left_of(self.index, self.index + 1)
-        first, last = (stack.right, left) if self.of_hidden else (left, stack.right)
         middle = stack.middle(stack.places[self.index].s)
-        if middle.dim() == 1:
-            return functional.linear(self._first_product(x, first) * middle, last, bias)
-        if self.of_hidden:
+        if middle.dim() == 2 and self.of_hidden:
             middle = middle.T  # (r of the input's side, r of the output's side)
         if x.numel() >= self.fold_from * x.shape[-1]:
+            first, last = (stack.right, stack.left) if self.of_hidden else (stack.left, stack.right)
             if self.fold_last:
-                return functional.linear(self._first_product(x, first), last @ middle.T, bias)
+                return functional.linear(self._first_product(x), last @ middle.T, bias)
             return functional.linear(x @ (first @ middle), last, bias)
-        return functional.linear(self._first_product(x, first) @ middle, last, bias)
+        product = self._first_product(x)
+        product = product * middle if middle.dim() == 1 else product @ middle
+        if stack.description.joined:  # it reads the residual stream
+            return functional.linear(product, stack.left_of(self.index, self.index + 1), bias)
+        return stack.times_transposed("left" if self.of_hidden else "right", product, bias)
 
-    def _first_product(self, x: Tensor, first: Tensor) -> Tensor:
+    def _first_product(self, x: Tensor) -> Tensor:
         """Return ``x`` times the factor of its side, shared between the slices that are given the same ``x``.
 
         Under torch.compile common subexpressions are found by the compiler.
         """
+        side: Side = "right" if self.of_hidden else "left"
         if self.sharers == 1 or not may_share(x):
-            return x @ first
+            return self.stack.times(side, x)
         shared = self.stack.of_hidden if self.of_hidden else self.stack.of_inner
         product = shared.get(x, self)
         if product is None:
-            product = x @ first
+            product = self.stack.times(side, x)
             shared.put(x, self, product)
         return product
 
@@ -251,7 +282,13 @@ def make_part(stack: FactorStack, index: int, out_axis: int) -> Part:
 
 
 def _order(stack: FactorStack, *, of_hidden: bool, sharers: int) -> tuple[int, bool]:
-    """Return the cheapest order of the products with a slice of a stack."""
+    """Return the cheapest order of the products with a slice of a stack.
+
+    What a factor in interpolative form saves is lost with its core in it, so that none is folded there; and a diagonal
+    core never is.
+    """
+    if stack.description.interpolated or stack.description.core == "diagonal":
+        return NEVER, False
     (_, inner, hidden), (_, r1, r2) = stack.description.shape, stack.description.rank
     sizes = (hidden, r2, r1, inner) if of_hidden else (inner, r1, r2, hidden)
     return cheapest_order(*sizes, sharers=sharers)

@@ -14,6 +14,7 @@ from trawl.descriptor import METHOD, Descriptor, stack_id
 from trawl.errors import LoadError, ShapeError
 from trawl.hf.embedding import FactoredEmbedding, embeds
 from trawl.hf.linear import FactoredLinear, FactorStack, Part, make_part, with_neighbours
+from trawl.interpolation import check_order
 
 OUT_AXIS = {nn.Linear: 0, Conv1D: 1}  # the stored axis of each kind of module that is its output
 PLAIN_LINEAR = "FalconLinear"  # a subclass that computes the same, and is imported only where a model has it
@@ -181,12 +182,15 @@ def check_loaded(model: nn.Module, marked: str) -> None:
     Args:
         model: with its factors in place.
         marked: attribute that the loader sets on each parameter that it has loaded.
-    Raises: LoadError: a factor was not loaded, or a module's factors are on another device than its stand-in.
+    Raises: LoadError: a factor was not loaded, the order of its rows is none, or a module's factors are on another
+        device than its stand-in.
     """
     for path, stack in stacks_of(model).items():
-        for factor, parameter in stack.named_parameters():
-            if parameter.device.type == "meta" or not getattr(parameter, marked, False):
+        for factor, tensor in (*stack.named_parameters(), *stack.named_buffers()):
+            if tensor.device.type == "meta" or not getattr(tensor, marked, False):
                 raise LoadError(f"factor {path}.{factor} of stack {stack.description.name} was not loaded")
+        for order, rows in stack.named_buffers():
+            check_order(rows, f"{path}.{order} of stack {stack.description.name}")
     for path, module in model.named_modules():
         if isinstance(module, FactoredLinear):
             devices = {parameter.device for part in module.parts for parameter in part.stack.parameters()}
