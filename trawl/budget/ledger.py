@@ -21,7 +21,7 @@ from trawl.calibration.weights import DAMPING
 from trawl.narrowing import Elimination
 from trawl.shards import sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the first counted whole factors
 NOISE = 1e-6  # nats a token that no damage is taken to be under
 SLOPES = (0.5, 2.0)  # powers of the loss that damage is believed to go with
 DENSE: Structure = "dense"
