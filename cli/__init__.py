@@ -20,6 +20,7 @@ from .eval import evaluate
 from .inspect import inspect
 from .plan import plan
 from .report import report
+from .sample import sample
 from .sweep import sweep
 
 __all__ = ["main", "trawl"]
@@ -43,7 +44,7 @@ KEPT = {
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
-for command in (inspect, plan, compress, densify, diff, evaluate, sweep, report):
+for command in (inspect, plan, compress, densify, diff, evaluate, sample, sweep, report):
     trawl.add_command(command)
 
 

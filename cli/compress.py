@@ -48,7 +48,7 @@ def compress(
     device: str,
     max_memory: str,
     factors: Path | None,
-    calibrate: str | None,
+    calibrate: tuple[str, ...],
     calibration_tokens: int | None,
     moments: Path | None,
     ray: str | None,

@@ -92,22 +92,23 @@ def calibration_options(command: Command) -> Command:
     """Add what weighs the error by what each layer reads."""
     for option in (
         click.option("--moments", type=click.Path(path_type=Path), help="Folder of moments to use, or to keep."),
-        click.option("--calibration-tokens", type=int, help="Of that text, at most.  [default: 131072]"),
+        click.option("--calibration-tokens", type=int, help="Of each such text, at most.  [default: 131072]"),
         click.option(
             "--calibrate",
+            multiple=True,
             metavar="FILE.txt|FILE.jsonl|hub:DATASET/SPLIT/FIELD",
-            help="Text whose activations weigh the error: what the model computes on it is kept.",
+            help="Text whose activations weigh the error: what the model computes on it is kept. May be repeated.",
         ),
     ):
         command = option(command)
     return command
 
 
-def calibration_arguments(calibrate: str | None, tokens: int | None, moments: Path | None) -> dict[str, Any]:
+def calibration_arguments(calibrate: tuple[str, ...], tokens: int | None, moments: Path | None) -> dict[str, Any]:
     """Return them as the library takes them."""
-    if calibrate is None and tokens is not None:
+    if not calibrate and tokens is not None:
         raise click.UsageError("--calibration-tokens goes with --calibrate TEXT")
-    given = {"calibrate": calibrate, "calibration_tokens": tokens, "moments": moments}
+    given = {"calibrate": calibrate or None, "calibration_tokens": tokens, "moments": moments}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -31,7 +31,7 @@ def plan(
     model: str,
     recipe_file: Path | None,
     save_recipe: bool,
-    calibrate: str | None,
+    calibrate: tuple[str, ...],
     calibration_tokens: int | None,
     moments: Path | None,
     revision: str | None,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trawl.evaluation import evaluate
     from trawl.hf.apply import apply
     from trawl.hf.load import load
+    from trawl.sampling import sample
     from trawl.sweeps import SweepResult, sweep
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "find_recipe",
     "load",
     "plan",
+    "sample",
     "sweep",
 ]
 
@@ -59,6 +61,10 @@ def __getattr__(name: str) -> Any:
         from trawl.evaluation import evaluate  # noqa: PLC0415 (likewise)
 
         return evaluate
+    if name == "sample":
+        from trawl.sampling import sample  # noqa: PLC0415 (likewise)
+
+        return sample
     if name in ("sweep", "SweepResult"):
         from trawl import sweeps  # noqa: PLC0415 (Optuna too)
 

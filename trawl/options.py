@@ -34,7 +34,7 @@ def check_anchored(recipe: Recipe, calibrate: Any, moments: Any, factors: Any = 
     """Raise PlanError for an anchored run without a text, or with what it has no use for."""
     if not recipe.anchored:
         return
-    if calibrate is None:
+    if not calibrate:
         raise PlanError(
             "an anchored run needs the inputs that the compressed model computes on a text, of which moments of the "
             "original alone know nothing; pass --calibrate TEXT, or leave --anchored out"
@@ -50,7 +50,7 @@ def check_anchored(recipe: Recipe, calibrate: Any, moments: Any, factors: Any = 
 def check_refit(recipe: Recipe, calibrate: Any) -> None:
     """Raise PlanError for a refit without a text; a found recipe that narrows nothing has nothing to refit."""
     narrows = not recipe.budget and any(part.method == "narrow" for part in recipe.members())
-    if recipe.refit and narrows and calibrate is None:
+    if recipe.refit and narrows and not calibrate:
         raise PlanError(
             "a refit needs what the model computes on a text, of which moments alone do not tell enough; pass "
             "--calibrate TEXT, or --no-refit"

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from trawl.budget import SEARCH_RECORD, Found, Question, find, held
-from trawl.calibration import DEFAULT_TOKENS, Calibration, Moments, make_moments, open_moments, random_calibration
+from trawl.calibration import (
+    DEFAULT_TOKENS,
+    Calibration,
+    Moments,
+    Specs,
+    make_moments,
+    open_moments,
+    random_calibration,
+    specs_of,
+)
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import connected, local_path
 from trawl.decomposing import Spread, seal_stack
@@ -41,7 +50,7 @@ def plan(
     *,
     revision: str | None = None,
     family_file: Path | None = None,
-    calibrate: str | Path | None = None,
+    calibrate: Specs | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     moments: str | Path | None = None,
 ) -> Plan:
@@ -90,7 +99,7 @@ def find_recipe(
     revision: str | None = None,
     family_file: Path | None = None,
     device: str = "auto",
-    calibrate: str | Path | None = None,
+    calibrate: Specs | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     ray: str | None = None,
     observer: Observer = silent,
@@ -118,7 +127,7 @@ def find_recipe(
         recipe=recipe,
         folder=Path(folder),
         revision=revision,
-        calibrate=None if calibrate is None else str(calibrate),
+        calibrate=specs_of(calibrate),
         calibration_tokens=calibration_tokens,
         device=str(pick_device("cpu" if ray is not None and device.startswith("cuda") else device)),
         family_file=family_file,
@@ -159,7 +168,7 @@ def compress(
     device: str = "auto",
     max_memory: int = 0,
     factors: str | Path | None = None,
-    calibrate: str | Path | None = None,
+    calibrate: Specs | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     moments: str | Path | None = None,
     ray: str | None = None,
@@ -178,9 +187,9 @@ def compress(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``: where stacks are decomposed.
         max_memory: bytes of slices to keep in memory, or on the GPU, between passes, instead of reading them again.
         factors: a factor library, such as a sweep leaves, to take every stack's factors from in place of decomposing.
-        calibrate: ``FILE.txt``, ``FILE.jsonl`` or ``hub:DATASET/SPLIT/FIELD``: the error is weighed by the second
-            moments of what each linear layer reads on this text.
-        calibration_tokens: of the text, at most, spread evenly over it.
+        calibrate: ``FILE.txt``, ``FILE.jsonl`` or ``hub:DATASET/SPLIT/FIELD``, or several of them: the error is weighed
+            by the second moments of what each linear layer reads on this text.
+        calibration_tokens: of each text, at most, spread evenly over it.
         moments: a folder of such moments to use, or with ``calibrate`` to keep them in for other runs.
         ray: ``local``, or the address of a Ray cluster: stacks are decomposed, and a budget's damages measured, by its
             workers, each on ``OMP_NUM_THREADS`` CPUs, else 1. OUT must lie, and a local MODEL and text too, on storage
@@ -247,7 +256,7 @@ def _compress(
     factors: str | Path | None,
     ray: str | None,
     observer: Observer,
-    calibrate: str | Path | None = None,
+    calibrate: Specs | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     moments: str | Path | None = None,
     found: Found | None = None,

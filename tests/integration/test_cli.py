@@ -99,7 +99,10 @@ def test_plan_reads_no_weights_and_is_the_same_every_time(run, zoo, tmp_path):
     check_golden("plan_llama.json", out)
 
 
-@pytest.mark.parametrize("command", ["", "inspect", "plan", "compress", "densify", "diff", "eval", "report", "sweep"])
+HELPS = ("", "inspect", "plan", "compress", "densify", "diff", "eval", "report", "sample", "sweep")
+
+
+@pytest.mark.parametrize("command", HELPS)
 def test_help_is_as_it_was_reviewed(command, run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "dumb")

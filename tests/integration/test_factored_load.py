@@ -268,6 +268,15 @@ def test_modules_that_read_the_same_input_are_neighbours(name, pair):
     )
 
 
+def test_factors_lie_in_memory_by_their_longer_axis_and_survive_copies_so(pair):
+    model = trawl.load(pair("llama")[0])
+    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.bfloat16)):
+        for stack in stacks_of(made).values():
+            for factor in (stack.left, stack.right):
+                assert factor.shape[0] > factor.shape[1]
+                assert factor.stride() == (1, factor.shape[0])
+
+
 def test_state_dict_loads_back(pair):
     one, other = (trawl.hf.load(pair("llama", "cp")[0]) for _ in range(2))
     for parameter in other.parameters():

@@ -11,6 +11,7 @@ from tests.zoo import ZOO
 from trawl.checkpoint import open_folder
 from trawl.densifying import densify
 from trawl.errors import LoadError
+from trawl.hf.replacement import stacks_of
 
 RECIPES = {
     "svd": {"method": "svd", "rank": 15},
@@ -67,6 +68,8 @@ def test_embeddings_and_a_tied_head_look_rows_up(zoo, tmp_path):
     trawl.compress(zoo("gemma2"), recipe.model_copy(update={"write": "dense"}), tmp_path / "dense")
     (stack,) = trawl.plan(zoo("gemma2"), recipe).descriptor.stacks
     assert stack.interpolated == ("right",)
+    (loaded,) = stacks_of(trawl.load(tmp_path / "factored")).values()
+    assert loaded.left.is_contiguous()
     one, other = logits("gemma2", tmp_path / "factored"), logits("gemma2", tmp_path / "dense")
     assert (one - other).abs().max() < 1e-4 * (other.max() - other.min())
 

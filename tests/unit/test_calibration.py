@@ -69,7 +69,7 @@ def calibrated(folder, ids, out):
 def test_records_of_each_shape_give_their_text(tmp_path, record, text):
     path = tmp_path / "records.jsonl"
     path.write_text(f"{json.dumps(record)}\n\n{json.dumps(record)}\n", encoding="utf-8")
-    assert read_text(str(path), 10).text == f"{text}\n\n{text}"
+    assert read_text(str(path), 10)[1] == f"{text}\n\n{text}"
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def hub(monkeypatch):
 def test_a_stream_is_read_only_as_far_as_needed(hub, spec, asked):
     if spec == "hub:wiki/train/text":
         asked = ("wiki", None)
-    text = read_text(spec, 10)
+    name, text = read_text(spec, 10)
     assert hub == [(*asked, "train", True)]
-    assert text.name == spec
-    assert text.text.startswith("the sea 0\n\nthe sea 1\n\n")
-    assert 160 <= len(text.text) < 320
+    assert name == spec
+    assert text.startswith("the sea 0\n\nthe sea 1\n\n")
+    assert 160 <= len(text) < 320
 
 
 @pytest.mark.parametrize(

@@ -64,8 +64,8 @@ class Question:
         recipe: with a budget.
         folder: where moments and damages are kept; on storage that all machines share.
         revision: of a hub id.
-        calibrate: the text; without one, random tokens stand in for it.
-        calibration_tokens: of the text, at most.
+        calibrate: the texts; without one, random tokens stand in for it.
+        calibration_tokens: of each text, at most.
         device: where to compute.
         family_file: a YAML family description to use in place of the built-in ones.
     """
@@ -74,7 +74,7 @@ class Question:
     recipe: Recipe
     folder: Path
     revision: str | None = None
-    calibrate: str | None = None
+    calibrate: tuple[str, ...] = ()
     calibration_tokens: int = DEFAULT_TOKENS
     device: str = "cpu"
     family_file: Path | None = None
@@ -108,7 +108,7 @@ class Question:
 
     def _calibration(self, checkpoint: Checkpoint, match: FamilyMatch, device: torch.device) -> Calibration:
         """Return what the model is run on."""
-        if self.calibrate is None:
+        if not self.calibrate:
             source = random_calibration(checkpoint, match, self.calibration_tokens, device)
             if (self.folder / RECORD).exists() and Moments.read(self.folder).identity != source.identity:
                 raise PlanError(
@@ -141,7 +141,7 @@ def find(question: Question, ray: str | None = None, observer: Observer = silent
     Cost: of a calibration; then for every block up to seven runs of some thousand tokens from there on, and in two of
         them everything that is tried.
     """
-    if question.calibrate is None:
+    if not question.calibrate:
         LOG.warning(
             "no calibration text: forms are chosen by what the model computes on random tokens. Expect a far worse "
             "model than with a text of its kind; pass --calibrate TEXT"
@@ -177,7 +177,7 @@ def measure_on(cluster: Cluster, question: Question, searcher: Searcher, observe
         question,
         model=local_path(question.model),
         folder=question.folder.absolute(),
-        calibrate=question.calibrate and local_path(question.calibrate),
+        calibrate=tuple(map(local_path, question.calibrate)),
         device=cluster.device,
     )
     count, fingerprint, trials = max(cluster.room, 1), searcher.checkpoint.fingerprint, searcher.trials

@@ -14,7 +14,7 @@ import torch
 
 from trawl.calibration.moments import RECORD, Identity, Moments, write_record
 from trawl.calibration.outputs import write_output_record
-from trawl.calibration.text import RANDOM_TOKENS, Text, cut_windows, random_windows, read_text
+from trawl.calibration.text import RANDOM_TOKENS, Specs, Text, cut_windows, random_windows, read_texts, specs_of
 from trawl.checkpoint import Checkpoint
 from trawl.errors import LoadError, PlanError
 from trawl.families import FamilyMatch
@@ -36,8 +36,8 @@ class Calibration:
     Attributes:
         checkpoint: the model; dense.
         match: its family.
-        text: the text.
-        tokens: to run through the model, at most.
+        text: the text, or several.
+        tokens: of each to run through the model, at most.
         device: where to compute.
         output_weighting: which moments of gradients are made beside those of the inputs.
         compute: what products are formed in.
@@ -70,8 +70,12 @@ class Calibration:
             return random_windows(self.tokens // length, length, model.get_input_embeddings().weight.shape[0])
         tokenizer = _load_tokenizer(self.checkpoint)
         length = min(WINDOW, self.tokens, position_limit(model, tokenizer) or WINDOW)
-        ids = encode_plain(tokenizer, self.text.text, model.get_input_embeddings().weight.shape[0])
-        return cut_windows(ids, prefix_tokens(tokenizer), length, self.tokens // length, self.text.name)
+        vocabulary, prefix = model.get_input_embeddings().weight.shape[0], prefix_tokens(tokenizer)
+        cut = [
+            cut_windows(encode_plain(tokenizer, text, vocabulary), prefix, length, self.tokens // length, name)
+            for name, text in zip(self.text.names, self.text.parts, strict=True)
+        ]
+        return torch.cat(cut)
 
     @cached_property
     def identity(self) -> Identity:
@@ -86,6 +90,11 @@ class Calibration:
         return self.identity.fingerprint
 
     @property
+    def most_tokens(self) -> int:
+        """How many tokens there are at most, of all texts."""
+        return self.tokens * len(self.text.parts)
+
+    @property
     def nbytes(self) -> int:
         """About how much disk the moments will take, with what lies beside them while they are made."""
         inputs = 4 * sum(width**2 for width in self._widths.values())
@@ -94,7 +103,7 @@ class Calibration:
         parts = self.match.placements
         widths = (part.shape[part.role in READ_INNER] for part in parts)
         outputs = sum(width**2 if self.output_weighting == "kronecker" else width for width in widths)
-        return inputs + 4 * (outputs + self.match.layers * self.tokens * parts[0].shape[1])
+        return inputs + 4 * (outputs + self.match.layers * self.most_tokens * parts[0].shape[1])
 
     @property
     def memory(self) -> int:
@@ -102,7 +111,7 @@ class Calibration:
         parts = [part for part in self.match.placements if part.layer == 0]
         block = sum(math.prod(part.shape) for part in parts)
         moments = sum(width**2 for (layer, *_), width in self._widths.items() if layer == 0)
-        return 4 * (block + 2 * moments + 2 * self.tokens * parts[0].shape[1])
+        return 4 * (block + 2 * moments + 2 * self.most_tokens * parts[0].shape[1])
 
     @property
     def _widths(self) -> dict[tuple[int, str, int], int]:
@@ -116,7 +125,7 @@ class Calibration:
         """Say what will be done, for a plan."""
         kinds = "" if self.output_weighting == "none" else f" and gradients ({self.output_weighting})"
         return (
-            f"the error is weighed by moments{kinds} of up to {self.tokens:,} tokens of {self.text.name}: about "
+            f"the error is weighed by moments{kinds} of up to {self.most_tokens:,} tokens of {self.text.name}: about "
             f"{self.nbytes / 1e9:.1f} GB of work files, and {self.memory / 1e9:.1f} GB of memory while they are made"
         )
 
@@ -190,7 +199,7 @@ class Calibration:
 def open_moments(
     checkpoint: Checkpoint,
     match: FamilyMatch,
-    text: str | Path | None = None,
+    texts: Specs | None = None,
     tokens: int = DEFAULT_TOKENS,
     *,
     folder: Path | None = None,
@@ -203,8 +212,9 @@ def open_moments(
     Args:
         checkpoint: the model.
         match: its family.
-        text: ``FILE.txt``, ``FILE.jsonl`` or ``hub:DATASET/SPLIT/FIELD``, see :func:`trawl.calibration.text.read_text`.
-        tokens: of the text, at most.
+        texts: ``FILE.txt``, ``FILE.jsonl`` or ``hub:DATASET/SPLIT/FIELD``, or several of them, see
+            :func:`trawl.calibration.text.read_text`.
+        tokens: of each text, at most.
         folder: that keeps moments.
         device: where to compute.
         output_weighting: which moments of gradients are wanted beside those of the inputs.
@@ -214,18 +224,17 @@ def open_moments(
         something else. LoadError: the folder is damaged.
     Cost: tokenises the text; reads no weight but for the model's fingerprint.
     """
-    if text is None and folder is None and output_weighting != "none":
+    specs = specs_of(texts)
+    if not specs and folder is None and output_weighting != "none":
         raise PlanError(
             f"output weighting {output_weighting!r} takes gradients on a text; give it with --calibrate TEXT, or "
             "--moments with a folder that has them"
         )
-    if text is None:
+    if not specs:
         return Moments.open(folder, checkpoint, output_weighting) if folder else None
     if tokens < 1:
         raise PlanError(f"calibration tokens are {tokens}; expected a number from 1, such as {DEFAULT_TOKENS}")
-    calibration = Calibration(
-        checkpoint, match, read_text(str(text), tokens), tokens, device, output_weighting, compute
-    )
+    calibration = Calibration(checkpoint, match, read_texts(specs, tokens), tokens, device, output_weighting, compute)
     calibration.check(folder)
     return calibration
 

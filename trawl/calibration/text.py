@@ -22,39 +22,59 @@ HUB = "hub:"
 BLANK_LINE = "\n\n"  # between records, as between the paragraphs of a text
 CHARACTERS_PER_TOKEN = 16  # of a stream are read: several times what a token takes, in any language
 SHAPES = '{"text": str}, {"prompt": str, "answers": [str, ...]} or {"query": str, "choices": [str, ...], "gold": int}'
+Specs = str | Path | Sequence[str | Path]  # of one text or of several
 FORMS = "FILE.txt, FILE.jsonl or hub:DATASET/SPLIT/FIELD"
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to calibrate on.
+    """A text to calibrate on, or several.
 
     Attributes:
-        name: the file's name, or the spec of a stream.
-        text: all of it.
+        names: of each, the file's name or the spec of a stream.
+        parts: all of each.
     """
 
-    name: str
-    text: str
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return " and ".join(self.names)
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the text's UTF-8 bytes."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """Digest of the UTF-8 bytes, with a NUL, which no text holds, between several texts."""
+        return hashlib.sha256("\0".join(self.parts).encode()).hexdigest()
 
 
-RANDOM_TOKENS = Text("random tokens", "")  # see random_windows
+RANDOM_TOKENS = Text(("random tokens",), ("",))  # see random_windows
 COMMON_TOKENS = 20  # that are drawn about equally often
 
 
-def read_text(spec: str, tokens: int) -> Text:
-    """Read a text to calibrate on.
+def specs_of(given: Specs | None) -> tuple[str, ...]:
+    """Return the specs of one text, of several or of none."""
+    if given is None:
+        return ()
+    return (str(given),) if isinstance(given, str | Path) else tuple(map(str, given))
+
+
+def read_texts(specs: Sequence[str], tokens: int) -> Text:
+    """Read the texts to calibrate on, each as :func:`read_text` does."""
+    names, parts = zip(*(read_text(spec, tokens) for spec in specs), strict=True)
+    return Text(names, parts)
+
+
+def read_text(spec: str, tokens: int) -> tuple[str, str]:
+    """Read one text to calibrate on.
 
     Args:
         spec: ``FILE.txt``, the text itself; ``FILE.jsonl``, one record a line, joined by blank lines: its ``text``, or
             its ``prompt`` with the first of its ``answers``, or its ``query`` with the right one of its ``choices``;
             ``hub:DATASET/SPLIT/FIELD`` or ``hub:ORG/NAME/CONFIG/SPLIT/FIELD``, a field of a stream's first records.
         tokens: how many are wanted; decides how much of a stream is read.
+    Returns: its name and the text.
     Raises: PlanError: there is no such text, or it is empty, binary or malformed; with the line number.
     """
     if spec.startswith(HUB):
@@ -67,11 +87,11 @@ def read_text(spec: str, tokens: int) -> Text:
             text = BLANK_LINE.join(_records(path, text))
     if not text.strip():
         raise PlanError(f"calibration text {spec} is empty; expected text")
-    return Text(name, text)
+    return name, text
 
 
-def random_windows(count: int, length: int, vocabulary: int) -> Tensor:
-    """Draw token ids one by one, the same at every call, for want of a text.
+def random_windows(count: int, length: int, vocabulary: int, seed: int = 0) -> Tensor:
+    """Draw token ids one by one, the same at every call with a seed, for want of a text.
 
     ``P(id) ∝ 1 / (id + c)``, by Zipf's law with the id as its rank: tokenizers number tokens in the order in which
     they merged them, the frequent first (Sennrich et al. 2016, arXiv:1508.07909). Even draws are nothing like a text.
@@ -80,9 +100,10 @@ def random_windows(count: int, length: int, vocabulary: int) -> Tensor:
         count: windows.
         length: tokens of a window.
         vocabulary: ids are below it.
+        seed: of the draws.
     Returns: (count, length), int64.
     """
-    draws = torch.rand(count, length, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = torch.rand(count, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ids = COMMON_TOKENS * ((vocabulary / COMMON_TOKENS + 1) ** draws - 1)
     return ids.long().clamp_max(vocabulary - 1)
 

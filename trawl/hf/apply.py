@@ -14,7 +14,7 @@ from trawl.decompose import Method
 from trawl.errors import PlanError
 from trawl.factors import Factors
 from trawl.hf.quantizer import TrawlConfig, TrawlQuantizer
-from trawl.hf.replacement import install
+from trawl.hf.replacement import install, lay_out
 from trawl.observers import Observer, silent, slice_counter
 from trawl.planning import Plan, make_plan
 from trawl.recipe import Recipe
@@ -109,6 +109,7 @@ def _replace_modules(
         with torch.no_grad():
             for factor, tensor in rounded[name].stored().items():
                 getattr(stack, factor).copy_(tensor)
+    lay_out(model)
     config = TrawlConfig(**planned.descriptor.to_json())
     model.config.quantization_config = config
     model.hf_quantizer = TrawlQuantizer(config)

@@ -32,7 +32,7 @@ from trawl.errors import CheckpointError, LoadError
 from trawl.hf.embedding import FactoredEmbedding
 from trawl.hf.linear import FactoredLinear
 from trawl.hf.narrowing import narrow_modules, widen_modules
-from trawl.hf.replacement import Locate, check_loaded, install, multiply_out, set_loading, stacks_of
+from trawl.hf.replacement import Locate, check_loaded, install, lay_out, multiply_out, set_loading, stacks_of
 
 LOADED_MARK = "_is_hf_initialized"  # transformers sets it on every parameter that it has loaded
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -90,6 +90,7 @@ class TrawlQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not 
         """
         check_loaded(model, LOADED_MARK)
         set_loading(model, False)
+        lay_out(model)
         model.is_quantized = False
         return model
 

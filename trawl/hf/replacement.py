@@ -200,6 +200,16 @@ def check_loaded(model: nn.Module, marked: str) -> None:
                 raise LoadError(f"module {path} and its factors are on {names}; give a device_map with one device")
 
 
+def lay_out(model: nn.Module) -> None:
+    """Lay a loaded model's factors out for products with few rows, but those of embeddings, of which rows are read."""
+    looked_up = {
+        id(part.stack) for module in model.modules() if isinstance(module, FactoredEmbedding) for part in module.parts
+    }
+    for stack in stacks_of(model).values():
+        if id(stack) not in looked_up:
+            stack.lay_out()
+
+
 def multiply_out(model: nn.Module) -> None:
     """Replace every factored module by a dense one of the kind that it stands in for, and drop the factors."""
     embeddings = any(isinstance(module, FactoredEmbedding) for module in model.modules())
