@@ -77,9 +77,11 @@ def sample(
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         while written < tokens:
-            begin = _begin(model, tokenizer, seed + len(texts))
-            told = _Told(observer, written, tokens, begin.shape[1])
-            for document in _write(model, begin, ends, min(LENGTH, subject.context or LENGTH), told):
+            length = min(LENGTH, subject.context or LENGTH)
+            documents = min(AT_ONCE, -(-(tokens - written) // length))
+            begin = _begin(model, tokenizer, documents, seed + len(texts))
+            told = _Told(observer, written, tokens, ends)
+            for document in _write(model, begin, ends, length, told):
                 written += len(document)
                 texts.append(tokenizer.decode(document, skip_special_tokens=True).strip())
     observer("sampling", tokens, tokens)
@@ -89,11 +91,12 @@ def sample(
 class _Told:
     """Tells an observer how far a batch of documents is, as a stopping criterion that never stops any."""
 
-    def __init__(self, observer: Observer, written: int, tokens: int, begun: int) -> None:
-        self.observer, self.written, self.tokens, self.begun = observer, written, tokens, begun
+    def __init__(self, observer: Observer, written: int, tokens: int, ends: list[int]) -> None:
+        self.observer, self.written, self.tokens, self.ends = observer, written, tokens, ends
 
     def __call__(self, ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
-        written = self.written + len(ids) * (ids.shape[1] - self.begun)
+        ended = torch.isin(ids, torch.tensor(self.ends, dtype=ids.dtype, device=ids.device))
+        written = self.written + int((~ended).sum())
         self.observer("sampling", min(written, self.tokens), self.tokens)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
@@ -104,13 +107,13 @@ def _ends(model: Any) -> list[int]:
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
-def _begin(model: Any, tokenizer: Any, seed: int) -> Tensor:
+def _begin(model: Any, tokenizer: Any, documents: int, seed: int) -> Tensor:
     """Return what documents begin with: the tokenizer's own first tokens, and a random one that is not special."""
     rows = min(model.get_input_embeddings().weight.shape[0], len(tokenizer))
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([token for token in range(rows) if token not in special])
-    first = ordinary[random_windows(AT_ONCE, 1, len(ordinary), seed)]
-    prefix = torch.tensor(prefix_tokens(tokenizer), dtype=first.dtype).expand(AT_ONCE, -1)
+    first = ordinary[random_windows(documents, 1, len(ordinary), seed)]
+    prefix = torch.tensor(prefix_tokens(tokenizer), dtype=first.dtype).expand(documents, -1)
     return torch.cat([prefix, first], dim=1).to(model.device)
 
 

@@ -64,7 +64,7 @@ def test_a_document_begins_at_random_and_ends_where_the_model_ends_it(model, bat
     own = [BOS] if tokenizer("a")["input_ids"][0] == BOS else []
     firsts = []
     for begin, found in batches:
-        assert begin[:, : len(own)].tolist() == [own] * 4
+        assert begin[:, : len(own)].tolist() == [own] * len(begin)
         firsts += begin[:, len(own)].tolist()
         for row, document in zip(begin.tolist(), found, strict=True):
             assert document[: len(row)] == row
@@ -107,9 +107,7 @@ def test_as_typed_and_calibrated_on_beside_a_text(model, tmp_path, monkeypatch, 
     assert code == 2
     assert "absent is no folder" in err
     assert own.read_text() == written
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["own.txt", "sea.txt"] or not list(
-        tmp_path.glob("*.partial")
-    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own.txt", "sea.txt"]
     recipe = trawl.Recipe(method="svd", rank=4)
     trawl.compress(model, recipe, tmp_path / "both", calibrate=[sea, own], calibration_tokens=1024)
     calibration = json.loads((tmp_path / "both" / "trawl.json").read_text())["calibration"]
