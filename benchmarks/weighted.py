@@ -4,32 +4,42 @@
     python benchmarks/weighted.py MODEL --moments FOLDER --text valid.txt --method tucker --rank 64 --alone
 
 Plain and weighted factors go into the same loaded model in turn: all stacks at once and, with ``--alone``, each stack
-by itself. The weighted error is the one that is minimized, relative to the outputs' size. Exits with 1 where plain
-factors are better at anything.
+by itself. The weighted error is the one that is minimized, relative to the outputs' size. ``--alone`` also takes the
+divergence of the predictions from the original model's on the same text, in thousandths of a nat a token: perplexity
+tells what the text says of a model, and may fall by chance where its predictions change; divergence may not. Exits
+with 1 where plain factors are better at anything.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 import trawl
+from trawl.budget.damage import Damage, Gauge
 from trawl.calibration import Moments, make_moments, open_moments
+from trawl.calibration.streaming import open_chain
+from trawl.calibration.text import cut_windows
 from trawl.calibration.weights import stack_weights
+from trawl.checkpoint import Checkpoint
 from trawl.decompose import Method
 from trawl.decompose.weighing import measured
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
-from trawl.planning import PlannedStack
+from trawl.planning import PlannedStack, match_checkpoint
 from trawl.stacking import StoredSlices
 from trawl.sweeps.editing import WeightEditor
+from trawl.tokens import prefix_tokens
+from trawl.writing import DenseWriter, SquaredErrors
 
 KINDS = ("plain", "weighted")
 CHARACTERS = 8 * 1024  # of text that hold 1024 tokens, and more
@@ -37,12 +47,24 @@ CHARACTERS = 8 * 1024  # of text that hold 1024 tokens, and more
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A loaded model whose weights are exchanged, and the text that scores it."""
+    """A loaded model whose weights are exchanged, what it was loaded from, and the text that scores it."""
 
+    checkpoint: Checkpoint
     editor: WeightEditor
-    tokenizer: object
+    tokenizer: Any
     text: Path
     windows: int  # of 1024 tokens
+
+    @contextmanager
+    def gauged(self) -> Iterator[Gauge]:
+        """Hold what measures divergences on the text."""
+        chain = open_chain(self.checkpoint, match_checkpoint(self.checkpoint), torch.device("cpu"))
+        ids = self.tokenizer(self.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        windows = cut_windows(ids, prefix_tokens(self.tokenizer), 1024, self.windows, self.text.name)
+        with Gauge(chain, windows).ready() as gauge:
+            yield gauge
 
     def perplexity(self, stacks: Sequence[PlannedStack], factors: Mapping[str, Factors]) -> float:
         """Return the model's perplexity with stacks replaced by their factors."""
@@ -56,6 +78,16 @@ class Subject:
                 stride=1024,
             )
         return result.figure("perplexity").value
+
+
+def divergences(gauge: Gauge, editor: WeightEditor, item: PlannedStack, found: Mapping[str, Factors]) -> list[Damage]:
+    """Return what each kind of factors of one stack, alone in the model, does to its predictions."""
+    name, absmax = item.stack.name, {item.stack.name: editor.absmax(item.stack)}
+    changes = []
+    for kind in KINDS:
+        writer = DenseWriter(editor.checkpoint, (item.stack,), {name: found[kind]}.__getitem__, absmax)
+        changes.append({each: writer.replaced(each, SquaredErrors()) for each in dict.fromkeys(item.stack.tensors)})
+    return gauge.measure(min(item.stack.layers), changes)
 
 
 def ranked(method: Method, shape: tuple[int, int, int], keep: float | None) -> Method:
@@ -99,12 +131,14 @@ def load_moments(options: argparse.Namespace, scratch: Path) -> Moments:
     return moments
 
 
-def compare(subject: Subject, moments: Moments, recipe: trawl.Recipe, options: argparse.Namespace) -> bool:
-    """Print the tables; return whether weighted factors are better everywhere."""
+def compare(
+    subject: Subject, moments: Moments, recipe: trawl.Recipe, options: argparse.Namespace, gauge: Gauge | None
+) -> bool:
+    """Print the tables, with divergences where there is a gauge; return whether weighted factors always win."""
     planned = subject.editor.plan(recipe)
     factors: dict[str, dict[str, Factors]] = {kind: {} for kind in KINDS}
     columns = ["stack", "shape", "rank", "relative error", "weighted error", "ratio", "seconds"]
-    print_row([*columns, *(["perplexity alone"] if options.alone else [])])
+    print_row([*columns, *(["perplexity alone", "divergence alone"] if gauge else [])])
     lost: list[str] = []
     for item in planned.stacks:
         method = ranked(recipe.decomposition(), item.stack.shape, options.keep)
@@ -117,11 +151,17 @@ def compare(subject: Subject, moments: Moments, recipe: trawl.Recipe, options: a
         row += [f"{weighted / plain:.3f}", " / ".join(f"{seconds[kind]:.2f}" for kind in KINDS)]
         for kind in KINDS:
             factors[kind][item.stack.name] = found[kind]
-        if options.alone:
+        if gauge:
             scores = [subject.perplexity([item], factors[kind]) for kind in KINDS]
             if not scores[1] < scores[0]:
                 lost.append(f"{item.stack.name} (perplexity)")
             row.append(f"{scores[0]:.2f} / {scores[1]:.2f}")
+            plain_damage, weighted_damage = divergences(gauge, subject.editor, item, found)
+            if not weighted_damage.mean < plain_damage.mean:
+                lost.append(f"{item.stack.name} (divergence)")
+            row.append(
+                " / ".join(f"{1e3 * d.mean:.2f} ± {1e3 * d.stderr:.2f}" for d in (plain_damage, weighted_damage))
+            )
         print_row(row)
     dense = subject.perplexity([], {})
     scores = [subject.perplexity(planned.stacks, factors[kind]) for kind in KINDS]
@@ -165,8 +205,16 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"  # short, as it is tokenized for each score
         text.write_text(options.text.read_text(encoding="utf-8")[: options.windows * CHARACTERS], encoding="utf-8")
-        subject = Subject(editor, AutoTokenizer.from_pretrained(options.model), text, options.windows)
-        better = compare(subject, load_moments(options, Path(scratch) / "moments"), recipe, options)
+        subject = Subject(
+            open_checkpoint(str(options.model)),
+            editor,
+            AutoTokenizer.from_pretrained(options.model),
+            text,
+            options.windows,
+        )
+        found = load_moments(options, Path(scratch) / "moments")
+        with subject.gauged() if options.alone else nullcontext() as gauge:
+            better = compare(subject, found, recipe, options, gauge)
     raise SystemExit(0 if better else 1)
 
 

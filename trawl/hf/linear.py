@@ -76,18 +76,17 @@ class FactorStack(nn.Module):
         factor, order = (self.left, self.left_order) if side == "left" else (self.right, self.right_order)
         if order is None:
             return x @ factor
-        rows, rank = x.reshape(-1, x.shape[-1]), factor.shape[1]
-        skeleton, others = (rows.gather(-1, part.expand(len(rows), -1)) for part in (order[:rank], order[rank:]))
-        return torch.addmm(skeleton, others, factor).view(*x.shape[:-1], rank)
+        rank = factor.shape[1]
+        moved = x.reshape(-1, x.shape[-1]).index_select(-1, order)
+        return torch.addmm(moved[:, :rank], moved[:, rank:], factor).view(*x.shape[:-1], rank)
 
     def times_transposed(self, side: Side, y: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply by a factor transposed, (..., r) to (..., rows), and add a bias."""
         factor, order = (self.left, self.left_order) if side == "left" else (self.right, self.right_order)
         if order is None:
             return functional.linear(y, factor, bias)
-        rank, others = y.shape[-1], functional.linear(y, factor)
-        rows = y.new_empty(*y.shape[:-1], len(order))
-        rows.scatter_(-1, order[:rank].expand_as(y), y).scatter_(-1, order[rank:].expand_as(others), others)
+        moved = torch.cat([y, functional.linear(y, factor)], -1)
+        rows = torch.empty_like(moved).index_copy_(-1, order, moved)
         return rows if bias is None else rows + bias
 
     def left_of(self, first: int, stop: int) -> Tensor:
