@@ -412,7 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of texts and task files")
-    parser.add_argument("--calibrate", type=Path, required=True, help="text of the calibration")
+    parser.add_argument("--calibrate", type=Path, required=True, action="append", help="text of the calibration")
     parser.add_argument("--work", type=Path, required=True, help="keeps moments and damages for another run")
     parser.add_argument("--keep", type=float, action="append", required=True, help="of the layers' linear weights")
     parser.add_argument("--row", action="append", help="rows to make; by default all")
@@ -437,7 +437,7 @@ def main() -> None:
     source = open_moments(
         checkpoint,
         match,
-        str(options.calibrate),
+        options.calibrate,
         folder=options.work,
         device=device,
         output_weighting="kronecker",
