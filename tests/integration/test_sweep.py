@@ -239,19 +239,29 @@ def test_the_command_line_does_the_same(grid, model, tasks, run, tmp_path):
     assert json.loads(text)["best"] == grid.results["best"]
 
 
+SIGNED = r'{"worker": ?"([^"]+)"'  # a trial, by the worker that claimed it, in the journal
 WORKER = """
-import json, sys, torch, trawl
+import json, re, sys, time, torch, trawl
+from pathlib import Path
+from trawl.sweeps.study import TrialQueue
 torch.set_num_threads(1)
 print("ready", flush=True)
 sys.stdin.readline()
-model, task, out, options = json.loads(sys.argv[1])
+model, task, out, options, together, signed = json.loads(sys.argv[1])
+finish, deadline = TrialQueue.finish, time.monotonic() + 100
+def wait(*arguments):  # no trial ends before every process has one, or a slow one would find none left
+    while len(set(re.findall(signed, (Path(out) / "study.journal").read_text()))) < together:
+        assert time.monotonic() < deadline, "the others claimed no trial"
+        time.sleep(0.01)
+    finish(*arguments)
+TrialQueue.finish = wait
 trawl.sweep(model, task, out, **options)
 """
 
 
-def start(model, task, out, options):
-    """Start a sweep in a process of its own, which waits until it is told to begin."""
-    words = [sys.executable, "-c", WORKER, json.dumps([str(model), task, str(out), options])]
+def start(model, task, out, options, together=1):
+    """Start a sweep in a process of its own, one of some, which waits until it is told to begin."""
+    words = [sys.executable, "-c", WORKER, json.dumps([str(model), task, str(out), options, together, SIGNED])]
     return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -290,7 +300,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(undisturbed, model, tasks, t
 
 def test_two_processes_share_the_work(undisturbed, model, tasks, tmp_path):
     out = tmp_path / "study"
-    processes = [start(model, tasks["small"], out, MANY) for _ in range(2)]
+    processes = [start(model, tasks["small"], out, MANY, together=2) for _ in range(2)]
     for process in processes:
         process.stdout.readline()
     for process in processes:
@@ -301,7 +311,7 @@ def test_two_processes_share_the_work(undisturbed, model, tasks, tmp_path):
     assert len(finished(out)) == 18
     result = trawl.sweep(model, tasks["small"], out, **MANY)
     assert comparable(result) == comparable(undisturbed)
-    workers = Counter(re.findall(r'{"worker": ?"([^"]+)"', (out / "study.journal").read_text()))
+    workers = Counter(re.findall(SIGNED, (out / "study.journal").read_text()))
     assert len(workers) == 2, workers
     assert sum(workers.values()) == 18
 
