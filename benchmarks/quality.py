@@ -295,9 +295,6 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
     def svd(share: str, group: int, weigh: Weigh) -> Callable[[], Any]:
         return lambda: of(svd_recipe(bench.checkpoint, keep, share, group), weigh, whole=True)
 
-    def interpolative() -> Row:
-        return of(svd_recipe(bench.checkpoint, keep, "none", 1, interpolative=True), whitened)
-
     def whitened(stack: Stack) -> Weights:
         return stack_weights(plain_moments, stack)
 
@@ -316,7 +313,9 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
 
     return {
         "whitened SVD": svd("none", 1, whitened),
-        "whitened SVD, interpolative": interpolative,
+        "whitened SVD, interpolative": lambda: of(
+            svd_recipe(bench.checkpoint, keep, "none", 1, interpolative=True), whitened
+        ),
         "trawl": lambda: found(plain=False),
         "trawl --plain": lambda: found(plain=True),
         "uniform narrow": lambda: of(narrow_recipe(bench.checkpoint, keep), whitened),

@@ -38,7 +38,7 @@ from trawl.hub import open_checkpoint
 from trawl.planning import PlannedStack, match_checkpoint
 from trawl.stacking import StoredSlices
 from trawl.sweeps.editing import WeightEditor
-from trawl.tokens import prefix_tokens
+from trawl.tokens import encode_plain, prefix_tokens
 from trawl.writing import DenseWriter, SquaredErrors
 
 KINDS = ("plain", "weighted")
@@ -59,9 +59,8 @@ class Subject:
     def gauged(self) -> Iterator[Gauge]:
         """Hold what measures divergences on the text."""
         chain = open_chain(self.checkpoint, match_checkpoint(self.checkpoint), torch.device("cpu"))
-        ids = self.tokenizer(self.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        vocabulary = self.editor.model.get_input_embeddings().weight.shape[0]
+        ids = encode_plain(self.tokenizer, self.text.read_text(encoding="utf-8"), vocabulary)
         windows = cut_windows(ids, prefix_tokens(self.tokenizer), 1024, self.windows, self.text.name)
         with Gauge(chain, windows).ready() as gauge:
             yield gauge

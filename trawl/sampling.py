@@ -71,13 +71,12 @@ def sample(
     model, tokenizer = subject.model, subject.tokenizer
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise PlanError(f"{type(model).__name__} writes no text by itself; expected a causal language model")
-    ends = _ends(model)
+    ends, length = _ends(model), min(LENGTH, subject.context or LENGTH)
     texts: list[str] = []
     written = 0
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         while written < tokens:
-            length = min(LENGTH, subject.context or LENGTH)
             documents = min(AT_ONCE, -(-(tokens - written) // length))
             begin = _begin(model, tokenizer, documents, seed + len(texts))
             told = _Told(observer, written, tokens, ends)

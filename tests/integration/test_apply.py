@@ -6,6 +6,7 @@ import torch
 import trawl
 from tests.zoo import ZOO, build_zoo
 from trawl.errors import PlanError
+from trawl.hf.replacement import stacks_of
 
 TOKENS = torch.arange(3, 35).reshape(2, 16)
 
@@ -24,6 +25,8 @@ def test_apply_gives_what_compress_and_load_give(name, write, zoo, tmp_path):
     model = build_zoo(name)
     before = logits(model)
     stacks = trawl.apply(model, recipe)
+    for one, other in zip(stacks_of(model).values(), stacks_of(loaded).values(), strict=True):
+        assert (one.left.stride(), one.right.stride()) == (other.left.stride(), other.right.stride())
     assert (logits(model) - logits(loaded)).abs().max() < 1e-4 * logits(loaded).abs().max()
     assert (logits(model) - before).abs().max() > 1e-3
     for one, other in zip(stacks, report.stacks, strict=True):

@@ -270,7 +270,8 @@ def test_modules_that_read_the_same_input_are_neighbours(name, pair):
 
 def test_factors_lie_in_memory_by_their_longer_axis_and_survive_copies_so(pair):
     model = trawl.load(pair("llama")[0])
-    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.bfloat16)):
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).to(torch.bfloat16)
+    for made in (model, *copies):
         for stack in stacks_of(made).values():
             for factor in (stack.left, stack.right):
                 assert factor.shape[0] > factor.shape[1]

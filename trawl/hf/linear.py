@@ -63,7 +63,7 @@ class FactorStack(nn.Module):
         return mixed
 
     def lay_out(self) -> None:
-        """Keep each factor on the CPU in memory by its longer axis, as it is in all else.
+        """Keep each factor that is on the CPU by its longer axis in memory; shape and values stay.
 
         A product with few rows takes the time of reading the factor, which goes faster the longer its runs are.
         """
