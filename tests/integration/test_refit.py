@@ -135,7 +135,7 @@ def test_output_weighting_trades_one_output_for_another(model, text, tmp_path):
 
 
 def test_what_does_not_help_on_the_rest_of_the_text_is_dropped(model, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(fitting, "find_change", lambda tokens, slope, missing, reader, root: -10.0 * reader)
+    monkeypatch.setattr(fitting.Linearised, "changes", lambda problem: [-10.0 * problem.reader] * 2)
     run(model, text, tmp_path / "refitted", {"refit": True})
     before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "refitted" / "model.safetensors")
     for layer in range(3):
@@ -143,6 +143,24 @@ def test_what_does_not_help_on_the_rest_of_the_text_is_dropped(model, text, tmp_
             name = f"model.layers.{layer}.mlp.{role}_proj.weight"
             rows = {tuple(row) for row in before[name].tolist()}
             assert all(tuple(row) in rows for row in after[name].tolist())
+
+
+def test_the_tokens_that_judge_choose_the_ridge(model, text, tmp_path, monkeypatch):
+    judged, original = {}, fitting.Refit.solve
+
+    def solve(fc):
+        low, *rows = (torch.randn(32, 32, dtype=torch.float64) for _ in fc.inner.parts)
+        for ridges in ((0.001,), (0.1,), (10.0,), (0.001, 0.1, 10.0)):
+            monkeypatch.setattr(fitting, "RIDGES", ridges)
+            found = fc._with_reader(dict(zip(fc.inner.writers, rows, strict=True)), low, torch.arange(32))
+            judged[ridges] = fc.error(found, fc.judged, torch.arange(32))
+        return original(fc)
+
+    monkeypatch.setattr(fitting.Refit, "solve", solve)
+    run(model, text, tmp_path / "out", {"refit": True, "layers": "0", "write": "factored"})
+    alone = [error for ridges, error in judged.items() if len(ridges) == 1]
+    assert len(set(alone)) == 3
+    assert judged[0.001, 0.1, 10.0] == min(alone)
 
 
 def test_units_that_depend_on_one_another_are_refused(model, text, tmp_path, monkeypatch):

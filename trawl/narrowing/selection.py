@@ -81,7 +81,13 @@ def root_of(outputs: Tensor) -> Tensor:
 
 
 def make_problem(
-    matrix: Tensor, second: Tensor, cross: Tensor | None = None, energy: float | None = None, mean: Tensor | None = None
+    matrix: Tensor,
+    second: Tensor,
+    cross: Tensor | None = None,
+    energy: float | None = None,
+    mean: Tensor | None = None,
+    *,
+    ridge: float | None = None,
 ) -> Problem:
     """Put a problem together.
 
@@ -91,19 +97,20 @@ def make_problem(
         cross: E[a yᵀ], where y is another output than ``matrixᵀ a``, such as that of an uncompressed model.
         energy: E‖y‖², together with ``cross``.
         mean: E[a], where a bias takes up what the mean changes; the problem is centred then.
+        ridge: of each input's own second moment, what draws the solution to ``matrix``; a thousandth by default.
     Returns: the problem in float64.
     """
     stored, moment = matrix.double(), second.double()
     moment = (moment + moment.T) / 2
-    ridge = RIDGE * moment.diagonal()
-    ridge = torch.where(ridge > 0, ridge, DEAD * float(ridge.mean()) or 1.0)
+    own = (RIDGE if ridge is None else ridge) * moment.diagonal()
+    own = torch.where(own > 0, own, DEAD * float(own.mean()) or 1.0)
     if mean is not None:
         moment = moment - torch.outer(mean.double(), mean.double())
     if cross is None:
         cross = moment @ stored
         energy = float((stored * cross).sum())
     assert energy is not None
-    return Problem(moment, cross.double(), energy, stored, ridge)
+    return Problem(moment, cross.double(), energy, stored, own)
 
 
 @dataclass(frozen=True, eq=False)

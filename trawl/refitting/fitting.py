@@ -18,10 +18,11 @@ from trawl.narrowing import Cut, Narrowing
 from trawl.narrowing.cuts import bias_of, positions
 from trawl.narrowing.selection import Problem, eliminate, make_problem, root_of, weigh_outputs
 from trawl.refitting.inner import InnerFunction
-from trawl.refitting.solving import Tokens, find_change
+from trawl.refitting.solving import Linearised, Tokens
 
 JUDGED = 16  # one batch in so many is not fitted to, but says whether what was fitted is better
 SAMPLE = 64  # tokens on which units are shown to stand alone
+RIDGES = (0.001, 0.1, 0.3, 1.0)  # of the reader, of which the tokens that judge choose
 REPAIRED = 0.5  # share of what the stream misses that an FC is to give on top: more of it follows noise
 
 
@@ -39,14 +40,14 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
-    def problem(self, reader: Tensor, *, centred: bool) -> Problem:
+    def problem(self, reader: Tensor, ridge: float, *, centred: bool) -> Problem:
         """Return the least-squares problem of the reader, whose ridge draws to another one."""
         second, cross, energy = self.second / self.count, self.cross / self.count, self.energy / self.count
         if not centred:
-            return make_problem(reader, second, cross, energy)
+            return make_problem(reader, second, cross, energy, ridge=ridge)
         units, outputs = self.units / self.count, self.outputs / self.count
         cross, energy = cross - torch.outer(units, outputs), energy - float(outputs.square().sum())
-        return make_problem(reader, second, cross, energy, units)
+        return make_problem(reader, second, cross, energy, units, ridge=ridge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +59,16 @@ class Weights:
         sums: of the units that these rows give, over the tokens that are fitted to.
         reader: D, (k, hidden) float64, likewise.
         shift: what the reader's bias grows by, (hidden,) float64; zero where the FC has none.
+        towards: the reader that a ridge draws to, (k, hidden) float64.
+        ridge: how much, of each unit's own second moment.
     """
 
     rows: Mapping[Placement, Tensor]
     sums: Sums
     reader: Tensor
     shift: Tensor
+    towards: Tensor
+    ridge: float
 
 
 @dataclass(eq=False)
@@ -127,7 +132,7 @@ class Refit:
 
     @torch.no_grad()
     def solve(self) -> Narrowing:
-        """Return the units that stay, with writers where changed ones are better, and the reader that goes with them.
+        """Return the units that stay, with changed writers where these are better, and the reader that goes with them.
 
         Raises: CheckpointError: what was fitted does not fit the stored dtype. PlanError: units depend on one another.
         """
@@ -139,12 +144,9 @@ class Refit:
             self.inner.check(pre, kept)
         rows = {part: values[kept] for part, values in writers.items()}
         best = self._with_reader(rows, stored[self.inner.reader][kept], kept)
-        lowest = self.error(best, self.judged, kept)
-        for part in self.inner.writers:
-            tried = self._improved(best, part, kept)
-            error = self.error(tried, self.judged, kept)
-            if error < lowest:
-                best, lowest = tried, error
+        tried = self._improved(best, kept)
+        if self.error(tried, self.judged, kept) < self.error(best, self.judged, kept):
+            best = tried
         return self._narrowing(best, kept, [part for part in rows if best.rows[part] is not rows[part]])
 
     def _select(self, reader: Tensor) -> Tensor:
@@ -155,27 +157,34 @@ class Refit:
             problem = weigh_outputs(problem, self.outputs.to(reader.device))
         return eliminate(problem, self.cut.keep).kept(self.cut.keep)
 
-    def _improved(self, weights: Weights, part: Placement, kept: Tensor) -> Weights:
-        """Return weights with one writer's rows changed, and a reader that goes with them."""
+    def _improved(self, weights: Weights, kept: Tensor) -> Weights:
+        """Return weights with the writers' rows changed, and a reader that goes with them."""
         tokens, low, shift = self.fitted, weights.reader.to(self.dtype), weights.shift.to(self.dtype)
-        slope, missing = tokens.x.new_empty(len(tokens), len(kept)), torch.empty_like(tokens.y)
-        for at, pre in self._pre(weights.rows, tokens, kept):
-            slope[at] = self.inner.slope(pre, part) * tokens.root[at]
-            missing[at] = (tokens.y[at] - self.inner(pre) @ low - shift) * tokens.root[at]
         root = None if self.outputs is None else root_of(self.outputs.to(tokens.x.device))
-        change = find_change(tokens, slope, missing, weights.reader, root)
-        rows = {**weights.rows, part: self._rounded(weights.rows[part] + change, part)}
+        problem = Linearised(weights.reader, root, self.dtype)
+        for at, pre in self._pre(weights.rows, tokens, kept):
+            units, slopes = self.inner.slopes(pre)
+            missing = (tokens.y[at] - units @ low - shift) * tokens.root[at]
+            problem.add(tokens.x[at], [slope * tokens.root[at] for slope in slopes], missing)
+        changed = zip(self.inner.writers, problem.changes(), strict=True)
+        rows = {part: self._rounded(weights.rows[part] + change, part) for part, change in changed}
         return self._with_reader(rows, weights.reader, kept)
 
     def _with_reader(self, rows: Mapping[Placement, Tensor], reader: Tensor, kept: Tensor) -> Weights:
-        """Return weights of some rows with the reader that gives the outputs best, by a ridge towards another."""
-        sums = self._sums(rows, self.fitted, kept)
-        solved = self._rounded(self._solved(sums, reader), self.inner.reader)
-        return Weights(rows, sums, solved, self._shift(sums, solved))
+        """Return weights of some rows with the reader that gives the outputs best, by a ridge towards another.
 
-    def _solved(self, sums: Sums, reader: Tensor) -> Tensor:
+        It is fitted to one part of the text, and of several ridges the one stays that is best on the other.
+        """
+        sums = self._sums(rows, self.fitted, kept)
+        tried = []
+        for ridge in RIDGES:
+            solved = self._rounded(self._solved(sums, reader, ridge), self.inner.reader)
+            tried.append(Weights(rows, sums, solved, self._shift(sums, solved), reader, ridge))
+        return min(tried, key=lambda weights: self.error(weights, self.judged, kept))
+
+    def _solved(self, sums: Sums, reader: Tensor, ridge: float) -> Tensor:
         """Return the reader that gives the outputs best."""
-        problem = sums.problem(reader, centred=self._bias(self.inner.reader) is not None)
+        problem = sums.problem(reader, ridge, centred=self._bias(self.inner.reader) is not None)
         return problem.solve(torch.arange(len(reader), device=reader.device))
 
     def _shift(self, sums: Sums, reader: Tensor) -> Tensor:
@@ -187,16 +196,18 @@ class Refit:
         """Return the sums of the units that some rows give."""
         k, hidden = len(kept), tokens.y.shape[1]
         zeros = partial(torch.zeros, dtype=torch.float64, device=tokens.x.device)
-        second, cross, units, outputs = zeros(k, k), zeros(k, hidden), zeros(k), zeros(hidden)
+        second = MomentSum.of_width(k, tokens.x.device)
+        cross, units, outputs = zeros(k, hidden), zeros(k), zeros(hidden)
         for at, pre in self._pre(rows, tokens, kept):
             root = tokens.weight[at].sqrt()
             some = self.inner(pre).float() * root  # sums of less would be too rough to invert
             wanted = tokens.y[at].float() * root
-            second += (some.T @ some).double()
+            second.add(some)
             cross += (some.T @ wanted).double()
             units += (some * root).double().sum(0)
             outputs += (wanted * root).double().sum(0)
-        return Sums(second, cross, units, outputs, tokens.energy * tokens.count, tokens.count)
+        whole = second.matrix(torch.float64).to(tokens.x.device) * second.tokens
+        return Sums(whole, cross, units, outputs, tokens.energy * tokens.count, tokens.count)
 
     def error(self, weights: Weights, tokens: Tokens, kept: Tensor) -> float:
         """Return E‖y − ŷ‖² / E‖y‖²."""
@@ -212,10 +223,10 @@ class Refit:
         sums = weights.sums
         if self.judged is not self.fitted:
             sums = sums + self._sums(weights.rows, self.judged, kept)
-        exact = self._solved(sums, weights.reader)
+        exact = self._solved(sums, weights.towards, weights.ridge)
         reader, norm = self._rounded(exact, self.inner.reader), float(exact.norm())
         bias = self._bias(self.inner.reader)
-        problem = sums.problem(reader, centred=bias is not None)
+        problem = sums.problem(reader, weights.ridge, centred=bias is not None)
         dtypes = {part: self._stored(part).dtype for part in self.inner.parts}
         return Narrowing(
             kept=kept.cpu(),

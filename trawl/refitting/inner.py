@@ -48,8 +48,8 @@ class InnerFunction:
 
     @property
     def writers(self) -> list[Placement]:
-        """Slices that write units, what the FC is linear in first: up, then gate."""
-        return sorted((part for part in self.parts if part.role not in READ_INNER), key=lambda part: part.role != "up")
+        """Slices that write units."""
+        return [part for part in self.parts if part.role not in READ_INNER]
 
     @property
     def reader(self) -> Placement:
@@ -98,12 +98,13 @@ class InnerFunction:
         if float((alone - among_all).norm()) > TOLERANCE * float(among_all.norm()):
             raise self._refusal("its units depend on one another")
 
-    def slope(self, pre: Mapping[Placement, Tensor], part: Placement) -> Tensor:
-        """Return ∂a/∂s of one writer, (n, k): of each unit by its own pre-activation."""
-        leaf = pre[part].detach().requires_grad_()
+    def slopes(self, pre: Mapping[Placement, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return units (n, k), and ∂a/∂s of each writer, (n, k): of each unit by its own pre-activation."""
+        leaves = {part: pre[part].detach().requires_grad_() for part in self.writers}
         with torch.enable_grad():
-            (found,) = torch.autograd.grad(self({**pre, part: leaf}).sum(), leaf)
-        return found
+            units = self(leaves)
+            found = torch.autograd.grad(units.sum(), list(leaves.values()))
+        return units.detach(), list(found)
 
     def _joined(self, module: nn.Module, pre: Mapping[Placement, Tensor]) -> Tensor:
         """Return what a module of one or several writers gives, by the pre-activations of each."""

@@ -32,8 +32,8 @@ def seal_refitted(
     Block by block, both models run: the original one, and the compressed one with all that is sealed. Of each FC units
     are chosen by what it computes of the compressed model's inputs; then up and gate change by what gives these outputs
     best, and half of what the residual stream misses by then, see :mod:`trawl.refitting.solving`, and the reader is
-    solved anew after each. A sixteenth of the text judges: a change that does not help there is dropped. An FC behind
-    which a norm stands is fitted on the original model's inputs instead, to its own outputs alone.
+    solved anew. A sixteenth of the text judges: changes that do not help there are dropped. An FC behind which a norm
+    stands is fitted on the original model's inputs instead, to its own outputs alone.
 
     Args:
         planned: with FCs to refit; all its other stacks are sealed.
@@ -43,7 +43,7 @@ def seal_refitted(
     Returns: seconds by stack, without the passes of the model.
     Raises: PlanError: an FC's units depend on one another, or the model cannot be run block by block.
         CheckpointError: NaN or Inf comes up, or what was fitted does not fit the stored dtype.
-    Cost: three forward passes, and some sixty products of all tokens with a matrix of each FC's size. Memory: the
+    Cost: three forward passes, and some forty-five products of all tokens with a matrix of each FC's size. Memory: the
         hidden states of all windows four times, and of one FC the inputs, the outputs twice and the units that stay.
     """
     cuts = {cut.stack.layers[0]: cut for cut in planned.refitted}

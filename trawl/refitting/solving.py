@@ -1,29 +1,30 @@
-"""Rows of one writer of a narrowed FC, by linear least squares.
+"""Rows of a narrowed FC's writers, by linear least squares.
 
-An FC computes ``y = Dᵀ φ(s₁, …)`` with ``s = V x + b`` of each writer V. To first order in a change Δ of one V
+An FC computes ``y = Dᵀ φ(s₁, …)`` with ``s = V x + b`` of each writer V. To first order in changes Δ of all of them
 
-    y(V + Δ) ≈ y(V) + Dᵀ (h ∘ Δ x),    h = ∂φ/∂s,
+    y(V + Δ) ≈ y(V) + Dᵀ Σ_V (h_V ∘ Δ_V x),    h_V = ∂φ/∂s_V.
 
-and exactly so for ``up`` of a gated FC. With t what y(V) misses of what is wanted, G what a miss counts by, and E a
-mean in which each token counts by its weight, Δ is
+With t what y(V) misses of what is wanted, G what a miss counts by, and E a mean in which each token counts by its
+weight, the changes are
 
-    argmin E‖G^½ (t − Dᵀ (h ∘ Δ x))‖² + λ s̄ Σ_j K_jj ‖Δ_j‖²,    K = (D G Dᵀ) ∘ E[h hᵀ],  s̄ = mean eigenvalue of E[x xᵀ],
+    argmin E‖G^½ (t − Dᵀ Σ_V (h_V ∘ Δ_V x))‖² + λ s̄ Σ_V Σ_j K_V,jj ‖Δ_V,j‖²,    K_V = (D G Dᵀ) ∘ E[h_V h_Vᵀ],
 
-found by conjugate gradients from zero, preconditioned by ``(K + λ diag K)⁻¹ ⊗ (E[x xᵀ] + λ s̄ 1)⁻¹``: the solution
-itself, if h and x were independent.
+with s̄ the mean eigenvalue of E[x xᵀ], found by conjugate gradients from zero, preconditioned for each writer by
+``(K_V + λ diag K_V)⁻¹ ⊗ (E[x xᵀ] + λ s̄ 1)⁻¹``: the solution itself, if there were one writer, and h and x independent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-RIDGE = 0.03  # λ
+RIDGE = 0.1  # λ
 STEPS = 4  # of conjugate gradients: more of them follow the calibration text, and no other
+SPARED = 4  # one chunk in so many gives the moments that precondition
 CHUNK = 1 << 12  # tokens whose units are formed at once: few enough to stay in the cache
 DEAD = 1e-6  # of the mean K_jj, for units that never change
 
@@ -66,58 +67,110 @@ class Tokens:
         return (slice(start, start + CHUNK) for start in range(0, len(self), CHUNK))
 
 
-def find_change(tokens: Tokens, slope: Tensor, missing: Tensor, reader: Tensor, root: Tensor | None) -> Tensor:
-    """Return Δ, the best change of a writer's rows.
+@dataclass(eq=False)
+class Linearised:
+    """The least-squares problem of all writers' changes, put together a chunk of tokens at a time.
 
-    Args:
-        tokens: x of them.
-        slope: h times the root of each token's weight, (tokens, k), in the dtype of x.
-        missing: t times the root of each token's weight, (tokens, hidden), likewise.
+    Attributes:
         reader: D, (k, hidden), float64.
         root: of G; None counts all outputs alike.
-    Returns: (k, hidden), float64.
-    Cost: 4 · tokens · k · hidden multiplications a step and twice that once; tokens · k for E[h hᵀ]. Products of a
-        chunk are formed in the dtype of x, sums over chunks in float64.
+        dtype: what products are formed in; sums over chunks are float64.
     """
-    x, count = tokens.x, len(tokens)
-    weighted = reader if root is None else reader @ root
-    down = weighted.to(x.dtype)  # (k, hidden)
-    overlap = weighted @ weighted.T * _mean_product(slope, slope, tokens)  # K
-    second = _mean_product(x, x, tokens)
-    scale = float(second.diagonal().mean())
-    own = RIDGE * overlap.diagonal().clamp_min(DEAD * float(overlap.diagonal().mean()))
-    if not scale * float(own.min()) > 0:
-        return torch.zeros_like(reader)  # nothing goes in, or nothing comes out
-    across = torch.linalg.inv(overlap + own.diag())
-    along = torch.linalg.inv(second + RIDGE * scale * torch.eye(len(second), dtype=second.dtype, device=second.device))
-    ridge = scale * own[:, None]
 
-    def gather(outputs: Tensor, at: slice) -> Tensor:  # Σ (h ∘ D outputs) xᵀ of a chunk
-        return ((outputs @ down.T).mul_(slope[at]).T @ x[at]).double() / count
+    reader: Tensor
+    root: Tensor | None
+    dtype: torch.dtype
+    _count: int = field(default=0, init=False)
+    _chunks: list[tuple[Tensor, Sequence[Tensor]]] = field(default_factory=list, init=False)  # x and slopes
+    _missing: list[Tensor] = field(default_factory=list, init=False)  # Σ (h ∘ D G t) xᵀ of each writer
 
-    def apply(change: Tensor) -> Tensor:
-        low = change.T.to(x.dtype)
-        return ridge * change + sum(gather((x[at] @ low).mul_(slope[at]) @ down, at) for at in tokens.chunks())
+    def add(self, x: Tensor, slopes: Sequence[Tensor], missing: Tensor) -> None:
+        """Add a chunk of tokens.
 
-    turn = None if root is None else root.to(x.dtype)
-    residual = sum(gather(missing[at] if turn is None else missing[at] @ turn, at) for at in tokens.chunks())
-    assert isinstance(residual, Tensor)
-    found, direction, size = torch.zeros_like(residual), torch.zeros_like(residual), 0.0
-    for _ in range(STEPS):
-        better = across @ residual @ along
-        before, size = size, float((residual * better).sum())
-        if size <= 0:
-            break
-        direction = better + (size / before if before else 0.0) * direction
-        image = apply(direction)
-        step = size / float((direction * image).sum())
-        found, residual = found + step * direction, residual - step * image
-    return found
+        Args:
+            x: inputs, (tokens, hidden).
+            slopes: h of each writer times the root of each token's weight, (tokens, k). They are kept, in bfloat16.
+            missing: t times the root of each token's weight, (tokens, hidden).
+        """
+        outputs = self._through(missing if self.root is None else missing @ self.root.to(self.dtype))
+        for at, slope in enumerate(slopes):
+            part = ((outputs * slope).T @ x).double()
+            if at < len(self._missing):
+                self._missing[at] += part
+            else:
+                self._missing.append(part)
+        self._chunks.append((x, [slope.bfloat16() for slope in slopes]))
+        self._count += len(x)
+
+    def changes(self) -> list[Tensor]:
+        """Return Δ of each writer, the best change of its rows, (k, hidden) float64.
+
+        Cost: a step takes 2 · tokens · k · hidden multiplications for each writer and as many for all together; every
+            fourth chunk's k² a token give E[h hᵀ] of each.
+        """
+        some = self._chunks[::SPARED]
+        second = _mean_product([x for x, _ in some])
+        scale = float(second.diagonal().mean())
+        gram = self._weighted @ self._weighted.T
+        overlaps = [gram * _mean_product([slopes[at] for _, slopes in some]) for at in range(len(self._missing))]
+        owns = torch.stack([_own(overlap.diagonal()) for overlap in overlaps])
+        if not scale * float(owns.min()) > 0:
+            return [torch.zeros_like(total) for total in self._missing]  # nothing goes in, or nothing comes out
+        across = torch.stack([_inverse(overlap, own) for overlap, own in zip(overlaps, owns, strict=True)])
+        along = _inverse(second, _own(second.diagonal().mean().expand(len(second))))
+        return list(self._descend(torch.stack(self._missing) / self._count, across, along, scale * owns[..., None]))
+
+    def _descend(self, residual: Tensor, across: Tensor, along: Tensor, ridge: Tensor) -> Tensor:
+        """Return what conjugate gradients come to from zero, (writers, k, hidden)."""
+        found, direction, size = torch.zeros_like(residual), torch.zeros_like(residual), 0.0
+        for _ in range(STEPS):
+            better = across @ residual @ along
+            before, size = size, float((residual * better).sum())
+            if size <= 0:
+                break
+            direction = better + (size / before if before else 0.0) * direction
+            image = ridge * direction + self._image(direction)
+            step = size / float((direction * image).sum())
+            found, residual = found + step * direction, residual - step * image
+        return found
+
+    def _image(self, changes: Tensor) -> Tensor:
+        """Return the mean of (h ∘ D G Dᵀ Σ_V (h_V ∘ Δ_V x)) xᵀ of each writer, (writers, k, hidden)."""
+        low, image = changes.mT.to(self.dtype), torch.zeros_like(changes)
+        for x, slopes in self._chunks:
+            moved = sum((x @ rows).mul_(slope) for rows, slope in zip(low, slopes, strict=True))
+            outputs = self._through(moved @ self._down)
+            for at, slope in enumerate(slopes):
+                image[at] += (outputs * slope).to(x.dtype).T @ x
+        return image / self._count
+
+    def _through(self, outputs: Tensor) -> Tensor:
+        """Return D G^½ of outputs that are turned by the root already, (tokens, k)."""
+        return outputs @ self._down.T
+
+    @cached_property
+    def _weighted(self) -> Tensor:
+        """D G^½, (k, hidden)."""
+        return self.reader if self.root is None else self.reader @ self.root
+
+    @cached_property
+    def _down(self) -> Tensor:
+        return self._weighted.to(self.dtype)
 
 
-def _mean_product(a: Tensor, b: Tensor, tokens: Tokens) -> Tensor:
-    """Return E[a bᵀ], (columns of a, columns of b), float64."""
-    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
-    for at in tokens.chunks():
-        total += (a[at].T @ b[at]).double()
-    return total / len(tokens)
+def _mean_product(chunks: Sequence[Tensor]) -> Tensor:
+    """Return E[a aᵀ] over the rows of some chunks in float64, products formed in float32."""
+    total = chunks[0].new_zeros(chunks[0].shape[1], chunks[0].shape[1], dtype=torch.float64)
+    for a in map(Tensor.float, chunks):
+        total += a.T @ a
+    return total / sum(map(len, chunks))
+
+
+def _own(diagonal: Tensor) -> Tensor:
+    """Return the ridge by a matrix's diagonal."""
+    return RIDGE * diagonal.clamp_min(DEAD * float(diagonal.mean()))
+
+
+def _inverse(matrix: Tensor, own: Tensor) -> Tensor:
+    """Return the inverse of a positive semi-definite matrix with a ridge on its diagonal."""
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + own.diag()))
