@@ -8,14 +8,15 @@ joint whitened SVD of q,k,v and of gate,up; the same for attention, with Tucker 
 trawl --plain; trawl; and int8, every matrix of the whole model rounded to int8 with a scale for each row. Ranks are
 the same for all matrices of a role, at which whole factors, which the published methods store, hold the share that is
 kept; whitened SVD stands twice, the second time in interpolative form, which trawl stores, at the ranks at which that
-does. Perplexity is over windows of 1,024 tokens of WikiText-2 valid and of the second
-half of the C4 sample; accuracies are `trawl eval`'s.
+does. Perplexity is over windows of 1,024 tokens of WikiText-2 valid and of the second half of the C4 sample; accuracies
+are `trawl eval`'s.
 
 trawl's two rows are what `trawl compress --keep` writes, loaded from disk. In all others weights are replaced in the
 loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and bytes are those of
 the plan, which are those on disk, with whole factors in the published methods' rows. `--speed` times decoding at batch
 1 and prefill of 512 tokens, in turns with the dense model, of the factored or narrow checkpoint that each row would be,
-as trawl stores it. `--raw FILE` keeps every figure as JSON.
+as trawl stores it. `--raw FILE` keeps every figure as JSON, after each row: the same command goes on where it was
+interrupted, and more rows or shares may be asked for. `--work` keeps moments, damages and trawl's outputs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -36,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import Weigh, asvd_weights, int8, narrow_recipe, svd_recipe, tucker_recipe, whole_size
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -46,11 +49,10 @@ from transformers.utils import logging
 import trawl
 from trawl.calibration import Moments, make_moments, open_moments
 from trawl.calibration.weights import stack_weights
-from trawl.checkpoint import BITS, Checkpoint
+from trawl.checkpoint import Checkpoint
 from trawl.decompose.weights import Weights
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
-from trawl.interpolation import stored_entries, stored_shapes
 from trawl.narrowing import narrow_stack, padded_tensors
 from trawl.options import pick_device
 from trawl.planning import Plan, make_plan, match_checkpoint
@@ -66,7 +68,6 @@ TASKS = (
 )
 TURNS = 7  # of timing
 ACCURACY = {"choice": "accuracy", "qa": "exact"}
-Weigh = Callable[[Stack], Weights | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,18 +146,17 @@ class Bench:
             figures[file.removesuffix(".jsonl")] = {"value": result.value, "stderr": result.stderr}
         return figures
 
-    def speeds(self, made: PreTrainedModel | trawl.Recipe) -> dict[str, float]:
+    def speeds(self, row: Made) -> dict[str, float]:
         """Return how much faster than the dense model a compressed one decodes and reads a prompt, by CPU time.
 
-        Args:
-            made: the model, or a recipe of one of the same shapes, which is written and loaded.
+        A recipe's checkpoint is written and loaded.
         """
         with tempfile.TemporaryDirectory() as folder:
-            if isinstance(made, trawl.Recipe):
-                trawl.compress(self.options.model, made, Path(folder) / "out", moments=self.options.work)
+            if row.recipe:
+                trawl.compress(self.options.model, row.recipe, Path(folder) / "out", moments=self.options.work)
                 made = trawl.load(Path(folder) / "out")
             else:
-                made = deepcopy(made)
+                made = deepcopy(row.weights)
             made = made.float().to(self.device).eval()
             prompt = torch.randint(3, made.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
             prompt = prompt.to(self.device)
@@ -165,6 +165,32 @@ class Bench:
                 turns = [(seconds(run, self.exact, prompt), seconds(run, made, prompt)) for _ in range(TURNS + 1)][1:]
                 ratios[run.__name__] = statistics.median(dense / own for dense, own in turns)
         return ratios
+
+    def found(self, keep: float, *, plain: bool) -> Made:
+        """Return what `trawl compress --keep` writes; what an interrupted run had come to is gone on with."""
+        options = self.options
+        asked = {} if options.refit is None else {"refit": options.refit}
+        kind = "-".join([f"{keep}", "plain" if plain else "trawl", *(f"{k}={v}" for k, v in asked.items())])
+        out: Path = options.work / kind
+        resumed = out.exists() or out.with_name(f"{out.name}.partial").exists()
+        trawl.compress(
+            options.model,
+            trawl.Recipe(keep=keep, plain=plain, **asked),
+            out,
+            calibrate=options.calibrate,
+            moments=options.work,
+            device=str(self.device),
+            resume=True,
+        )
+        model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(self.device).eval()
+        return Made(model, *stored_size(out), resumed=resumed)
+
+    @property
+    def int8_bytes(self) -> int:
+        """Bytes of the model with a byte for each entry of its matrices, and a scale for each of their rows."""
+        state = self.model.state_dict()
+        stored = [state[name] for name in self.checkpoint.tensors if name in state]
+        return sum(t.numel() + 4 * len(t) if t.dim() == 2 else 4 * t.numel() for t in stored)
 
     @cached_property
     def exact(self) -> PreTrainedModel:
@@ -178,146 +204,53 @@ class Bench:
         return {"WikiText": self.options.data / "wikitext2raw-valid.txt", "C4": self.options.c4}
 
 
-def ranks_of(stack: Stack, keep: float, *, interpolative: bool) -> int:
-    """Return the rank at which a matrix's factors, whole or in interpolative form, hold a share of its parameters."""
-    _, inner, hidden = stack.shape
-    whole = max(1, int(keep * stack.parameters / (inner + hidden + 1)))
-    if not interpolative:
-        return whole
-    fitting = (
-        rank
-        for rank in range(min(inner, hidden), whole, -1)
-        if stored_entries(stack.shape, (1, rank, rank), full=False) <= keep * stack.parameters
-    )
-    return next(fitting, whole)
-
-
-def whole_size(planned: Plan) -> tuple[int, int]:
-    """Return parameters and bytes of a plan's output if none of its factors were in interpolative form."""
-    assert planned.descriptor is not None
-    parameters, nbytes = planned.output_parameters, planned.output_bytes
-    for stack in planned.descriptor.stacks:
-        bits = {name: BITS[stack.dtype_of(name)] for name in stack.factor_shapes}
-        stored = {name: math.prod(shape) for name, shape in stack.factor_shapes.items()}
-        whole = stored_shapes(stack.shape, stack.rank, full=stack.core == "full", sides=())
-        entries = sum(math.prod(shape) for shape in whole.values())
-        parameters += entries - sum(stored.values())
-        nbytes += (entries * bits["left"] - sum(stored[name] * bits[name] for name in stored)) // 8
-    return parameters, nbytes
-
-
-def svd_recipe(
-    checkpoint: Checkpoint, keep: float, share: str, group: int, *, interpolative: bool = False
-) -> trawl.Recipe:
-    """Return a factored recipe in which every matrix, joined or not, keeps the same share of its parameters."""
-    base = trawl.Recipe(method="svd", rank=1, share=share, group_layers=group, write="factored")
-    parts: dict[tuple[str, ...], list[Stack]] = {}
-    for item in make_plan(checkpoint, base).stacks:
-        parts.setdefault((*item.stack.roles, str(len(item.stack.layers))), []).append(item.stack)
-    recipes = []
-    for stacks in parts.values():
-        layers = ",".join(str(layer) for stack in stacks for layer in stack.layers)
-        joined = stacks[0].joined
-        values = {"method": "svd", "rank": ranks_of(stacks[0], keep, interpolative=interpolative), "layers": layers}
-        values["roles"] = ",".join(stacks[0].roles)
-        recipes.append(trawl.Recipe(**values, share=share if joined else "none", group_layers=group if joined else 1))
-    return trawl.Recipe(method="mixed", parts=tuple(recipes), write="factored")
-
-
-def tucker_recipe(checkpoint: Checkpoint, keep: float) -> trawl.Recipe:
-    """Return a factored recipe with {gate, up, down} of each layer by Tucker, and attention by joint SVDs."""
-    attention = svd_recipe(checkpoint, keep, "input", 1).parts
-    fc = make_plan(checkpoint, trawl.Recipe(method="tucker", rank=1, roles="fc", group_layers=1)).stacks[0].stack
-    size, inner, hidden = fc.shape
-    budget, sides = keep * fc.parameters, inner + hidden
-    right = min(hidden, int((math.sqrt(sides**2 + 4 * size * budget) - sides) / (2 * size)))  # of size r² + sides · r
-    left = min(inner, int((budget - hidden * right) / (size * right + inner)))
-    parts = [part for part in attention if set(part.roles.split(",")) & {"q", "k", "v", "o"}]
-    parts.append(trawl.Recipe(method="tucker", rank=(size, left, right), roles="fc", group_layers=1))
-    return trawl.Recipe(method="mixed", parts=tuple(parts), write="factored")
-
-
-def narrow_recipe(checkpoint: Checkpoint, keep: float) -> trawl.Recipe:
-    """Return a recipe that narrows all FCs alike, to a share of all layers' weights."""
-    match = match_checkpoint(checkpoint)
-    total = sum(math.prod(part.shape) for part in match.placements)
-    fc = [part for part in match.placements if part.role in ("gate", "up", "down")]
-    of_fc = sum(math.prod(part.shape) for part in fc)
-    units = fc[0].shape[0]
-    return trawl.Recipe(method="narrow", width=int(units * (keep * total - (total - of_fc)) / of_fc))
-
-
 def stored_size(folder: Path) -> tuple[int, int]:
     """Return entries and bytes of all tensors in a folder's shards."""
     tensors = [tensor for shard in folder.glob("*.safetensors") for tensor in load_file(shard).values()]
     return sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
 
 
-def asvd_weights(moments: Moments) -> Weigh:
-    """Return ASVD's scaling: each input by the root of its root mean square."""
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a row scores.
 
-    def weigh(stack: Stack) -> Weights:
-        weights = stack_weights(replace(moments, outputs=None), stack)
-        inner, hidden = (_root_of_diagonal(side[0]) for side in (weights.inner, weights.hidden))
-        return Weights((inner,), (hidden,))
+    Attributes:
+        weights: tensors to put into the model, or a model of its own.
+        parameters: of the whole.
+        nbytes: of its shards.
+        recipe: that gives modules of the same shapes; None for a model of its own.
+        resumed: whether another run had made a part of it, so that the time taken is not all.
+    """
 
-    return weigh
-
-
-def _root_of_diagonal(moment: torch.Tensor | None) -> torch.Tensor | None:
-    return None if moment is None else moment.diagonal().clamp_min(0).sqrt()
-
-
-def int8(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return every matrix rounded to int8 with a scale for each row."""
-    rounded = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.dim() == 2:
-            scale = tensor.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-            rounded[name] = (tensor / scale).round() * scale
-    return rounded
+    weights: dict[str, torch.Tensor] | PreTrainedModel
+    parameters: int
+    nbytes: int
+    recipe: trawl.Recipe | None = None
+    resumed: bool = False
 
 
-Row = tuple[dict[str, torch.Tensor] | PreTrainedModel, int, int, trawl.Recipe | None]
-"""What is scored, tensors to put into the model or a model of its own; parameters of the whole, bytes of its shards; a
-recipe that gives modules of the same shapes."""
-
-
-def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
+def rows(bench: Bench, keep: float) -> dict[str, Callable[[], Made]]:
     """Return by name what makes each row."""
     plain_moments = replace(bench.moments, outputs=None)
 
-    def of(recipe: trawl.Recipe, weigh: Weigh, *, whole: bool = False) -> Row:
+    def of(recipe: trawl.Recipe, weigh: Weigh, *, whole: bool = False) -> Made:
         planned = make_plan(bench.checkpoint, recipe)
         size = whole_size(planned) if whole else (planned.output_parameters, planned.output_bytes)
-        return bench.tensors(planned, weigh), *size, recipe
+        return Made(bench.tensors(planned, weigh), *size, recipe)
 
-    def svd(share: str, group: int, weigh: Weigh) -> Callable[[], Any]:
+    def svd(share: str, group: int, weigh: Weigh) -> Callable[[], Made]:
         return lambda: of(svd_recipe(bench.checkpoint, keep, share, group), weigh, whole=True)
 
     def whitened(stack: Stack) -> Weights:
         return stack_weights(plain_moments, stack)
-
-    def found(*, plain: bool) -> Row:
-        options = bench.options
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "out"
-            asked = {} if options.refit is None else {"refit": options.refit}
-            recipe = trawl.Recipe(keep=keep, plain=plain, **asked)
-            trawl.compress(
-                options.model, recipe, out, calibrate=options.calibrate, moments=work, device=str(bench.device)
-            )
-            parameters, nbytes = stored_size(out)
-            model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(bench.device).eval()
-            return model, parameters, nbytes, None
 
     return {
         "whitened SVD": svd("none", 1, whitened),
         "whitened SVD, interpolative": lambda: of(
             svd_recipe(bench.checkpoint, keep, "none", 1, interpolative=True), whitened
         ),
-        "trawl": lambda: found(plain=False),
-        "trawl --plain": lambda: found(plain=True),
+        "trawl": lambda: bench.found(keep, plain=False),
+        "trawl --plain": lambda: bench.found(keep, plain=True),
         "uniform narrow": lambda: of(narrow_recipe(bench.checkpoint, keep), whitened),
         "joint whitened SVD": svd("input", 1, whitened),
         "Tucker of each FC": lambda: of(tucker_recipe(bench.checkpoint, keep), whitened),
@@ -327,43 +260,64 @@ def rows(bench: Bench, keep: float, work: Path) -> dict[str, Callable[[], Row]]:
     }
 
 
-def run(bench: Bench, work: Path, raw: Path | None, console: Console) -> None:
-    """Make and score every row, and print a table for each share kept."""
+def run(bench: Bench, console: Console) -> None:
+    """Make and score every row that has no figures yet, and print a table for each share kept."""
+    options = bench.options
     original = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
-    dense = {"parameters": bench.checkpoint.parameters, "bytes": bench.checkpoint.nbytes, "seconds": 0.0}
-    figures: dict[str, Any] = {"dense": dense | bench.score(bench.model)}
-    began = time.perf_counter()
-    bench.put(int8(bench.model))
-    size = sum(t.numel() + 4 * len(t) if t.dim() == 2 else 4 * t.numel() for t in _stored(bench))
-    seconds = time.perf_counter() - began
-    figures["int8"] = {"parameters": bench.checkpoint.parameters, "bytes": size, "seconds": seconds} | bench.score(
-        bench.model
-    )
-    bench.put(original)
-    for keep in bench.options.keep:
-        for name, make in rows(bench, keep, work).items():
-            if bench.options.row and name not in bench.options.row:
-                continue
-            began = time.perf_counter()
-            made, parameters, nbytes, recipe = make()
-            row = {"parameters": parameters, "bytes": nbytes, "seconds": time.perf_counter() - began}
-            if bench.options.speed:
-                row |= bench.speeds(made if isinstance(made, PreTrainedModel) else recipe)
-            if isinstance(made, PreTrainedModel):
-                figures[f"{keep}: {name}"] = row | bench.score(made)
-            else:
-                bench.put(made)
-                figures[f"{keep}: {name}"] = row | bench.score(bench.model)
-                bench.put({key: original[key] for key in made})
-            console.print(f"{keep}: {name}", {key: _shown(value) for key, value in figures[f"{keep}: {name}"].items()})
-            if raw:
-                raw.write_text(json.dumps(figures, indent=1))
+    figures = earlier(options)
+    whole = bench.checkpoint.parameters
+    makers: dict[str, Callable[[], Made]] = {
+        "dense": lambda: Made({}, whole, bench.checkpoint.nbytes),
+        "int8": lambda: Made(int8(bench.model), whole, bench.int8_bytes),
+    }
+    for keep in options.keep:
+        asked = {name: make for name, make in rows(bench, keep).items() if name in (options.row or [name])}
+        makers |= {f"{keep}: {name}": make for name, make in asked.items()}
+    for name, make in makers.items():
+        if name in figures:
+            continue
+        began = time.perf_counter()
+        made = make()
+        row: dict[str, Any] = {"parameters": made.parameters, "bytes": made.nbytes, "resumed": made.resumed}
+        row["seconds"] = time.perf_counter() - began
+        if options.speed and name not in ("dense", "int8"):
+            row |= bench.speeds(made)
+        if isinstance(made.weights, PreTrainedModel):
+            row |= bench.score(made.weights)
+        else:
+            bench.put(made.weights)
+            row |= bench.score(bench.model)
+            bench.put({key: original[key] for key in made.weights})
+        figures[name] = row
+        console.print(name, {key: _shown(value) for key, value in row.items()})
+        if options.raw:
+            save(options, figures)
+    for keep in options.keep:
         console.print(table(figures, keep))
 
 
-def _stored(bench: Bench) -> list[torch.Tensor]:
-    state = bench.model.state_dict()
-    return [state[name] for name in bench.checkpoint.tensors if name in state]
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what figures depend on, for rows that may stand in one table."""
+    names = ("model", "windows", "context", "limit", "accuracy", "speed", "refit", "device", "dtype")
+    return {name: str(getattr(options, name)) for name in names} | {"calibrate": [p.name for p in options.calibrate]}
+
+
+def save(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+    """Write the figures of all rows so far; the file is whole at any time."""
+    partial = options.raw.with_name(f"{options.raw.name}.partial")
+    partial.write_text(json.dumps({"settings": settings(options), "rows": figures}, indent=1), encoding="utf-8")
+    partial.replace(options.raw)
+
+
+def earlier(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the rows that an interrupted run has scored."""
+    if not options.raw or not options.raw.exists():
+        return {}
+    found = json.loads(options.raw.read_text(encoding="utf-8"))
+    if found["settings"] != settings(options):
+        sys.exit(f"{options.raw} holds rows of other settings, {found['settings']}; name another file with --raw")
+    rows_found: dict[str, Any] = found["rows"]
+    return rows_found
 
 
 def _shown(value: Any) -> str:
@@ -401,7 +355,7 @@ def table(figures: Mapping[str, Any], keep: float) -> Table:
             *(f"{100 * row[task]['value']:.1f} ± {100 * row[task]['stderr']:.1f}" for task in accuracies),
             f"{100 * mean:.1f}" if accuracies else "",
             *(f"{row[name]:.2f}" if name in row else "" for name in timed),
-            f"{row['seconds'] / 60:.1f}",
+            f"{row['seconds'] / 60:.1f}{' and those of another run' if row['resumed'] else ''}",
         )
     return shown
 
@@ -451,7 +405,7 @@ def main() -> None:
         options.c4 = Path(scratch) / "c4-second-half.txt"
         options.c4.write_text(text[len(text) // 2 :], encoding="utf-8")
         bench = Bench(checkpoint, model, AutoTokenizer.from_pretrained(options.model), moments, device, options)
-        run(bench, options.work, options.raw, console)
+        run(bench, console)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {device}"
     print(json.dumps({"torch": torch.__version__, "machine": machine}))
 
