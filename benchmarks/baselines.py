@@ -1,4 +1,4 @@
-"""Other ways to make a model smaller, which the scoreboard sets trawl against: published methods as recipes."""
+"""Other ways to make a model smaller, which the scoreboard sets trawl against: recipes, weights and rounded tensors."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ loaded model by what each row's factors multiply out to, so that a row takes sec
 the plan, which are those on disk, with whole factors in the published methods' rows. `--speed` times decoding at batch
 1 and prefill of 512 tokens, in turns with the dense model, of the factored or narrow checkpoint that each row would be,
 as trawl stores it. `--raw FILE` keeps every figure as JSON, after each row: the same command goes on where it was
-interrupted, and more rows or shares may be asked for. `--work` keeps moments, damages and trawl's outputs.
+interrupted, and more rows or shares may be asked for. `--work` keeps moments, damages and trawl's outputs; minutes are
+those of the run that finished a row, so that with an empty `--work` they hold all but the calibration.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -167,12 +169,12 @@ class Bench:
         return ratios
 
     def found(self, keep: float, *, plain: bool) -> Made:
-        """Return what `trawl compress --keep` writes; what an interrupted run had come to is gone on with."""
+        """Return what `trawl compress --keep` writes; an interrupted run of this commit is gone on with."""
         options = self.options
+        made_by = commit()
+        kind = f"{'plain' if plain else 'any'}{options.refit_option.replace(' ', '')}"
+        out: Path = options.work / f"{made_by}-{keep}-{kind}"
         asked = {} if options.refit is None else {"refit": options.refit}
-        kind = "-".join([f"{keep}", "plain" if plain else "trawl", *(f"{k}={v}" for k, v in asked.items())])
-        out: Path = options.work / kind
-        resumed = out.exists() or out.with_name(f"{out.name}.partial").exists()
         trawl.compress(
             options.model,
             trawl.Recipe(keep=keep, plain=plain, **asked),
@@ -180,10 +182,11 @@ class Bench:
             calibrate=options.calibrate,
             moments=options.work,
             device=str(self.device),
-            resume=True,
+            resume=not made_by.endswith("-dirty"),
+            overwrite=made_by.endswith("-dirty"),
         )
         model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(self.device).eval()
-        return Made(model, *stored_size(out), resumed=resumed)
+        return Made(model, *stored_size(out))
 
     @property
     def int8_bytes(self) -> int:
@@ -219,14 +222,12 @@ class Made:
         parameters: of the whole.
         nbytes: of its shards.
         recipe: that gives modules of the same shapes; None for a model of its own.
-        resumed: whether another run had made a part of it, so that the time taken is not all.
     """
 
     weights: dict[str, torch.Tensor] | PreTrainedModel
     parameters: int
     nbytes: int
     recipe: trawl.Recipe | None = None
-    resumed: bool = False
 
 
 def rows(bench: Bench, keep: float) -> dict[str, Callable[[], Made]]:
@@ -249,8 +250,8 @@ def rows(bench: Bench, keep: float) -> dict[str, Callable[[], Made]]:
         "whitened SVD, interpolative": lambda: of(
             svd_recipe(bench.checkpoint, keep, "none", 1, interpolative=True), whitened
         ),
-        "trawl": lambda: bench.found(keep, plain=False),
-        "trawl --plain": lambda: bench.found(keep, plain=True),
+        f"trawl{bench.options.refit_option}": lambda: bench.found(keep, plain=False),
+        f"trawl --plain{bench.options.refit_option}": lambda: bench.found(keep, plain=True),
         "uniform narrow": lambda: of(narrow_recipe(bench.checkpoint, keep), whitened),
         "joint whitened SVD": svd("input", 1, whitened),
         "Tucker of each FC": lambda: of(tucker_recipe(bench.checkpoint, keep), whitened),
@@ -271,15 +272,16 @@ def run(bench: Bench, console: Console) -> None:
         "int8": lambda: Made(int8(bench.model), whole, bench.int8_bytes),
     }
     for keep in options.keep:
-        asked = {name: make for name, make in rows(bench, keep).items() if name in (options.row or [name])}
-        makers |= {f"{keep}: {name}": make for name, make in asked.items()}
+        for name, make in rows(bench, keep).items():
+            if not options.row or name.removesuffix(options.refit_option) in options.row:
+                makers[f"{keep}: {name}"] = make
     for name, make in makers.items():
         if name in figures:
             continue
         began = time.perf_counter()
         made = make()
-        row: dict[str, Any] = {"parameters": made.parameters, "bytes": made.nbytes, "resumed": made.resumed}
-        row["seconds"] = time.perf_counter() - began
+        row: dict[str, Any] = {"parameters": made.parameters, "bytes": made.nbytes}
+        row |= {"seconds": time.perf_counter() - began, "commit": commit()}
         if options.speed and name not in ("dense", "int8"):
             row |= bench.speeds(made)
         if isinstance(made.weights, PreTrainedModel):
@@ -288,8 +290,9 @@ def run(bench: Bench, console: Console) -> None:
             bench.put(made.weights)
             row |= bench.score(bench.model)
             bench.put({key: original[key] for key in made.weights})
+        del made
         figures[name] = row
-        console.print(name, {key: _shown(value) for key, value in row.items()})
+        console.print(name, {key: _shown(value) for key, value in row.items() if key != "commit"})
         if options.raw:
             save(options, figures)
     for keep in options.keep:
@@ -298,8 +301,14 @@ def run(bench: Bench, console: Console) -> None:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what figures depend on, for rows that may stand in one table."""
-    names = ("model", "windows", "context", "limit", "accuracy", "speed", "refit", "device", "dtype")
-    return {name: str(getattr(options, name)) for name in names} | {"calibrate": [p.name for p in options.calibrate]}
+    names = ("model", "data", "windows", "context", "limit", "accuracy", "speed", "device", "dtype", "calibrate")
+    return {name: str(getattr(options, name)) for name in names}
+
+
+def commit() -> str:
+    """Return which code makes a row, ``-dirty`` where it is not what was committed."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def save(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
@@ -314,8 +323,8 @@ def earlier(options: argparse.Namespace) -> dict[str, Any]:
     if not options.raw or not options.raw.exists():
         return {}
     found = json.loads(options.raw.read_text(encoding="utf-8"))
-    if found["settings"] != settings(options):
-        sys.exit(f"{options.raw} holds rows of other settings, {found['settings']}; name another file with --raw")
+    if found.get("settings") != settings(options):
+        sys.exit(f"{options.raw} holds rows of other settings, {found.get('settings')}; name another file with --raw")
     rows_found: dict[str, Any] = found["rows"]
     return rows_found
 
@@ -355,7 +364,7 @@ def table(figures: Mapping[str, Any], keep: float) -> Table:
             *(f"{100 * row[task]['value']:.1f} ± {100 * row[task]['stderr']:.1f}" for task in accuracies),
             f"{100 * mean:.1f}" if accuracies else "",
             *(f"{row[name]:.2f}" if name in row else "" for name in timed),
-            f"{row['seconds'] / 60:.1f}{' and those of another run' if row['resumed'] else ''}",
+            f"{row['seconds'] / 60:.1f}",
         )
     return shown
 
@@ -366,7 +375,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder of texts and task files")
     parser.add_argument("--calibrate", type=Path, required=True, action="append", help="text of the calibration")
-    parser.add_argument("--work", type=Path, required=True, help="keeps moments and damages for another run")
+    parser.add_argument("--work", type=Path, required=True, help="keeps moments, damages and outputs for another run")
     parser.add_argument("--keep", type=float, action="append", required=True, help="of the layers' linear weights")
     parser.add_argument("--row", action="append", help="rows to make; by default all")
     parser.add_argument("--windows", type=int, default=24, help="of each text")
@@ -378,11 +387,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="to score in")
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--raw", type=Path, help="JSON file of all figures")
+    parser.add_argument("--raw", type=Path, help="JSON file of all figures; rows that it has are not made again")
     options = parser.parse_args()
     logging.disable_progress_bar()
     console = Console(width=200)
-    device = pick_device(options.device)
+    device = options.device = pick_device(options.device)
+    options.refit_option = {None: "", True: " --refit", False: " --no-refit"}[options.refit]
+    earlier(options)
     checkpoint = open_checkpoint(str(options.model))
     match = match_checkpoint(checkpoint)
     options.work.mkdir(parents=True, exist_ok=True)

@@ -147,11 +147,12 @@ def _anchored_note(text: Calibration) -> str:
 def _refit_note(narrowed: Narrowed, text: Calibration) -> str:
     """Say what a refit will do, for a plan."""
     itemsize = 2 if text.compute == "bf16" and multiplies_bfloat16(text.device) else 4
-    widest = max(cut.reader.shape[0] * cut.keep // cut.units for cut in narrowed.cuts)
-    hidden = narrowed.cuts[0].reader.shape[1]
-    needed = text.tokens * (itemsize * (widest + 5 * hidden) + 4 * 4 * hidden)
+    kept = [cut.reader.shape[0] * cut.keep // cut.units for cut in narrowed.cuts]
+    slopes = max((len(cut.stack.slices) - 1) * units for cut, units in zip(narrowed.cuts, kept, strict=True))
+    hidden, tokens = narrowed.cuts[0].reader.shape[1], text.most_tokens
+    needed = tokens * (2 * slopes + itemsize * 4 * hidden + 4 * 4 * hidden) + 8 * 6 * max(kept) ** 2
     return (
-        f"block by block, both models run on up to {text.tokens:,} tokens of {text.text.name}, and FCs are refitted to "
+        f"block by block, both models run on up to {tokens:,} tokens of {text.text.name}, and FCs are refitted to "
         f"what the original computes: about {needed / 1e9:.1f} GB of memory"
     )
 
@@ -219,7 +220,8 @@ def compress(
         raise PlanError("--factors takes factors of a given rank, and a budget chooses ranks; leave one of the two out")
     checkpoint = open_checkpoint(model, revision)
     target = Workspace(Path(out) if out is not None else budget_out(checkpoint, recipe))
-    target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0)
+    kept = moments is not None  # what a finished run had measured
+    target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0, finished=resume and kept)
     folder = target.search if moments is None else Path(moments)
     found = find_recipe(
         model,

@@ -59,7 +59,7 @@ class Workspace:
     def _replaced(self) -> Path:
         return self.out.with_name(self.out.name + ".replaced")
 
-    def check(self, source: Path, *, resume: bool | None, overwrite: bool, needed: int) -> None:
+    def check(self, source: Path, *, resume: bool | None, overwrite: bool, needed: int, finished: bool = False) -> None:
         """Raise before anything is written if the output cannot be placed.
 
         Args:
@@ -67,6 +67,7 @@ class Workspace:
             resume: whether an interrupted run is to be gone on with; None where that is not possible.
             overwrite: whether an existing OUT, and an interrupted run, may be replaced.
             needed: bytes that the run will write.
+            finished: whether OUT may be there, since it is still to be seen whether it is what this run would make.
         Raises: PlanError: the place is taken, inside the source, not writable, or too small.
         """
         out, origin = self.out.resolve(), source.resolve()
@@ -76,7 +77,7 @@ class Workspace:
             )
         if out in origin.parents:
             raise PlanError(f"output {self.out} contains the source {source}; choose another folder with -o")
-        self._check_free(overwrite=overwrite)
+        self._check_free(overwrite=overwrite or finished)
         if os.path.ismount(self.out):
             raise PlanError(
                 f"output {self.out} is a mount point, which no rename can replace; choose a folder inside it"

@@ -33,9 +33,9 @@ def kept(tmp_path_factory):
     return tmp_path_factory.mktemp("search")
 
 
-def compress(source, out, words, kept=None, **options):
+def compress(source, out, words, kept=None, *, resume=False, **options):
     recipe = trawl.Recipe(**options)
-    return trawl.compress(source, recipe, out, calibrate=words, calibration_tokens=TOKENS, moments=kept)
+    return trawl.compress(source, recipe, out, calibrate=words, calibration_tokens=TOKENS, moments=kept, resume=resume)
 
 
 def of_layers(folder):
@@ -136,6 +136,23 @@ def test_damages_that_were_measured_are_used_again_and_an_interrupted_search_goe
     monkeypatch.setattr(damage_module.Gauge, "measure", original)
     compress(model, tmp_path / "undisturbed", text, keep=0.8)
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "undisturbed")
+
+
+def test_a_finished_budget_is_not_made_again_where_its_damages_are_kept(
+    model,  # noqa: F811
+    text,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    compress(model, out, text, kept, keep=0.8)
+    before = (out / "trawl.json").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr("trawl.pipeline.decompose_stacks", None)
+        compress(model, out, text, kept, keep=0.8, resume=True)
+    assert (out / "trawl.json").stat().st_mtime_ns == before
+    with pytest.raises(PlanError, match="exists; pass --overwrite"):
+        compress(model, out, text, kept, keep=0.7, resume=True)
 
 
 def test_a_damage_is_measured_until_its_error_suffices(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,22 +146,51 @@ def test_what_does_not_help_on_the_rest_of_the_text_is_dropped(model, text, tmp_
             assert all(tuple(row) in rows for row in after[name].tolist())
 
 
-def test_the_tokens_that_judge_choose_the_ridge(model, text, tmp_path, monkeypatch):
-    judged, original = {}, fitting.Refit.solve
+@pytest.mark.parametrize("draws", [False, True])
+def test_the_tokens_that_judge_choose_the_ridge(model, text, tmp_path, monkeypatch, draws):
+    """Where they are what the reader had given, the ridge that draws to it stays, however it fits the others."""
+    chosen, original = [], fitting.Refit.solve
 
     def solve(fc):
-        low, *rows = (torch.randn(32, 32, dtype=torch.float64) for _ in fc.inner.parts)
-        for ridges in ((0.001,), (0.1,), (10.0,), (0.001, 0.1, 10.0)):
-            monkeypatch.setattr(fitting, "RIDGES", ridges)
-            found = fc._with_reader(dict(zip(fc.inner.writers, rows, strict=True)), low, torch.arange(32))
-            judged[ridges] = fc.error(found, fc.judged, torch.arange(32))
+        kept, low = torch.arange(32), torch.randn(32, 32, dtype=torch.float64)
+        rows = {part: fc._stored(part)[kept].double() for part in fc.inner.writers}
+        if draws:
+            ((_, pre),) = fc._pre(rows, fc.judged, kept)
+            fc.judged = replace(fc.judged, y=fc.inner(pre) @ low.float())
+        chosen.append(fc._with_reader(rows, low, kept).ridge)
         return original(fc)
 
     monkeypatch.setattr(fitting.Refit, "solve", solve)
     run(model, text, tmp_path / "out", {"refit": True, "layers": "0", "write": "factored"})
-    alone = [error for ridges, error in judged.items() if len(ridges) == 1]
-    assert len(set(alone)) == 3
-    assert judged[0.001, 0.1, 10.0] == min(alone)
+    assert chosen == [max(fitting.RIDGES) if draws else min(fitting.RIDGES)]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_slopes_are_those_of_the_model_s_own_code(zoo, text, tmp_path, monkeypatch, family):
+    """By central differences, for each writer; each unit depends on its own pre-activation alone."""
+    checked, original = [], fitting.Refit.solve
+
+    def solve(fc):
+        pre = {part: torch.randn(7, 48) for part in fc.inner.writers}
+        units, slopes = fc.inner.slopes(pre)
+        torch.testing.assert_close(units, fc.inner(pre))
+        for part, slope in zip(fc.inner.writers, slopes, strict=True):
+            up, down = (fc.inner({**pre, part: pre[part] + step}) for step in (1e-2, -1e-2))
+            torch.testing.assert_close(slope, (up - down) / 2e-2, rtol=1e-2, atol=1e-3)
+            checked.append(part.role)
+        return original(fc)
+
+    monkeypatch.setattr(fitting.Refit, "solve", solve)
+    run(with_tokenizer(zoo(family), tmp_path / "model"), text, tmp_path / "out", {"refit": True})
+    assert set(checked) == ({"up"} if family == "gpt2" else {"gate", "up"})
+
+
+def test_what_writes_the_units_really_changes(model, text, tmp_path):
+    run(model, text, tmp_path / "refitted", {"refit": True})
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "refitted" / "model.safetensors")
+    for name in ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"):
+        rows = {tuple(row) for row in before[name].tolist()}
+        assert not any(tuple(row) in rows for row in after[name].tolist())
 
 
 def test_units_that_depend_on_one_another_are_refused(model, text, tmp_path, monkeypatch):

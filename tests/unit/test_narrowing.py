@@ -31,21 +31,19 @@ def error(matrix, inputs, kept, solution):
     return float((wanted - inputs[:, kept].double() @ solution).norm() / wanted.norm())
 
 
-def test_the_solution_is_least_squares_and_its_error_is_measured(monkeypatch):
-    monkeypatch.setattr(selection, "RIDGE", 1e-12)
+def test_the_solution_is_least_squares_and_its_error_is_measured():
     matrix, inputs = torch.randn(SIZE, OUTPUTS), activations()
-    problem = make_problem(matrix, moment(inputs))
+    problem = make_problem(matrix, moment(inputs), ridge=1e-12)
     kept = torch.tensor([0, 3, 4, 9, 17, 20, 23])
     reference = torch.linalg.lstsq(inputs[:, kept].double(), inputs.double() @ matrix.double()).solution
     torch.testing.assert_close(problem.solve(kept), reference, rtol=1e-4, atol=1e-6)
     assert problem.error(kept, reference) == pytest.approx(error(matrix, inputs, kept, reference), rel=1e-6)
 
 
-def test_another_target_is_fitted_on_the_same_inputs(monkeypatch):
-    monkeypatch.setattr(selection, "RIDGE", 1e-12)
+def test_another_target_is_fitted_on_the_same_inputs():
     inputs, wanted = activations(), torch.randn(400, OUTPUTS)
     cross, energy = inputs.double().T @ wanted.double() / 400, float(wanted.square().sum()) / 400
-    problem = make_problem(torch.randn(SIZE, OUTPUTS), moment(inputs), cross, energy)
+    problem = make_problem(torch.randn(SIZE, OUTPUTS), moment(inputs), cross, energy, ridge=1e-12)
     kept = eliminate(problem, 12).kept(12)
     reference = torch.linalg.lstsq(inputs[:, kept].double(), wanted.double()).solution
     torch.testing.assert_close(problem.solve(kept), reference, rtol=1e-3, atol=1e-6)

@@ -53,10 +53,10 @@ class MomentSum:
         self.total += x.sum(0)
         self.tokens += len(x)
 
-    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return E[x xᵀ] whole, (n, n) on the CPU, and free the sums; zeros without tokens."""
+    def matrix(self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
+        """Return E[x xᵀ] whole, (n, n), and free the sums; zeros without tokens."""
         width = len(self.total)
-        whole = torch.empty(width, width, dtype=dtype)
+        whole = torch.empty(width, width, dtype=dtype, device=device)
         for a, b in reversed(_panels(width)):
             rows = self.panels.pop() / max(self.tokens, 1)
             whole[a:b, :b] = rows

@@ -87,7 +87,7 @@ def make_problem(
     energy: float | None = None,
     mean: Tensor | None = None,
     *,
-    ridge: float | None = None,
+    ridge: float = RIDGE,
 ) -> Problem:
     """Put a problem together.
 
@@ -97,12 +97,12 @@ def make_problem(
         cross: E[a yᵀ], where y is another output than ``matrixᵀ a``, such as that of an uncompressed model.
         energy: E‖y‖², together with ``cross``.
         mean: E[a], where a bias takes up what the mean changes; the problem is centred then.
-        ridge: of each input's own second moment, what draws the solution to ``matrix``; a thousandth by default.
+        ridge: of each input's own second moment, what draws the solution to ``matrix``.
     Returns: the problem in float64.
     """
     stored, moment = matrix.double(), second.double()
     moment = (moment + moment.T) / 2
-    own = (RIDGE if ridge is None else ridge) * moment.diagonal()
+    own = ridge * moment.diagonal()
     own = torch.where(own > 0, own, DEAD * float(own.mean()) or 1.0)
     if mean is not None:
         moment = moment - torch.outer(mean.double(), mean.double())

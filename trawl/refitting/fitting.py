@@ -16,13 +16,13 @@ from trawl.errors import CheckpointError
 from trawl.families import Placement
 from trawl.narrowing import Cut, Narrowing
 from trawl.narrowing.cuts import bias_of, positions
-from trawl.narrowing.selection import Problem, eliminate, make_problem, root_of, weigh_outputs
+from trawl.narrowing.selection import RIDGE, Problem, eliminate, make_problem, root_of, weigh_outputs
 from trawl.refitting.inner import InnerFunction
 from trawl.refitting.solving import Linearised, Tokens
 
 JUDGED = 16  # one batch in so many is not fitted to, but says whether what was fitted is better
 SAMPLE = 64  # tokens on which units are shown to stand alone
-RIDGES = (0.001, 0.1, 0.3, 1.0)  # of the reader, of which the tokens that judge choose
+RIDGES = (RIDGE, 0.1, 0.3, 1.0)  # of the reader, of which the tokens that judge choose
 REPAIRED = 0.5  # share of what the stream misses that an FC is to give on top: more of it follows noise
 
 
@@ -61,6 +61,7 @@ class Weights:
         shift: what the reader's bias grows by, (hidden,) float64; zero where the FC has none.
         towards: the reader that a ridge draws to, (k, hidden) float64.
         ridge: how much, of each unit's own second moment.
+        error: E‖y − ŷ‖² / E‖y‖² over the tokens that judge.
     """
 
     rows: Mapping[Placement, Tensor]
@@ -69,6 +70,7 @@ class Weights:
     shift: Tensor
     towards: Tensor
     ridge: float
+    error: float
 
 
 @dataclass(eq=False)
@@ -145,7 +147,7 @@ class Refit:
         rows = {part: values[kept] for part, values in writers.items()}
         best = self._with_reader(rows, stored[self.inner.reader][kept], kept)
         tried = self._improved(best, kept)
-        if self.error(tried, self.judged, kept) < self.error(best, self.judged, kept):
+        if tried.error < best.error:
             best = tried
         return self._narrowing(best, kept, [part for part in rows if best.rows[part] is not rows[part]])
 
@@ -173,14 +175,16 @@ class Refit:
     def _with_reader(self, rows: Mapping[Placement, Tensor], reader: Tensor, kept: Tensor) -> Weights:
         """Return weights of some rows with the reader that gives the outputs best, by a ridge towards another.
 
-        It is fitted to one part of the text, and of several ridges the one stays that is best on the other.
+        The reader is fitted to one part of the text, and of several ridges the one stays that is best on the other.
         """
         sums = self._sums(rows, self.fitted, kept)
         tried = []
         for ridge in RIDGES:
             solved = self._rounded(self._solved(sums, reader, ridge), self.inner.reader)
-            tried.append(Weights(rows, sums, solved, self._shift(sums, solved), reader, ridge))
-        return min(tried, key=lambda weights: self.error(weights, self.judged, kept))
+            shift = self._shift(sums, solved)
+            error = self._error(rows, solved, shift, kept)
+            tried.append(Weights(rows, sums, solved, shift, reader, ridge, error))
+        return min(tried, key=lambda weights: weights.error)
 
     def _solved(self, sums: Sums, reader: Tensor, ridge: float) -> Tensor:
         """Return the reader that gives the outputs best."""
@@ -206,15 +210,15 @@ class Refit:
             cross += (some.T @ wanted).double()
             units += (some * root).double().sum(0)
             outputs += (wanted * root).double().sum(0)
-        whole = second.matrix(torch.float64).to(tokens.x.device) * second.tokens
+        whole = second.matrix(torch.float64, tokens.x.device) * second.tokens
         return Sums(whole, cross, units, outputs, tokens.energy * tokens.count, tokens.count)
 
-    def error(self, weights: Weights, tokens: Tokens, kept: Tensor) -> float:
-        """Return E‖y − ŷ‖² / E‖y‖²."""
-        low, shift = weights.reader.to(self.dtype), weights.shift.to(self.dtype)
+    def _error(self, rows: Mapping[Placement, Tensor], reader: Tensor, shift: Tensor, kept: Tensor) -> float:
+        """Return E‖y − ŷ‖² / E‖y‖² over the tokens that judge, all outputs alike."""
+        tokens, low, added = self.judged, reader.to(self.dtype), shift.to(self.dtype)
         missed = 0.0
-        for at, pre in self._pre(weights.rows, tokens, kept):
-            off = tokens.y[at] - (self.inner(pre) @ low + shift)
+        for at, pre in self._pre(rows, tokens, kept):
+            off = tokens.y[at] - (self.inner(pre) @ low + added)
             missed += float((tokens.weight[at] * off.float().square()).double().sum())
         return missed / tokens.count / tokens.energy if tokens.energy else 0.0
 

@@ -44,7 +44,8 @@ def seal_refitted(
     Raises: PlanError: an FC's units depend on one another, or the model cannot be run block by block.
         CheckpointError: NaN or Inf comes up, or what was fitted does not fit the stored dtype.
     Cost: three forward passes, and some forty-five products of all tokens with a matrix of each FC's size. Memory: the
-        hidden states of all windows four times, and of one FC the inputs, the outputs twice and the units that stay.
+        hidden states of all windows four times, and of one FC inputs and outputs, twice for a moment, and the slopes of
+        its writers in bfloat16.
     """
     cuts = {cut.stack.layers[0]: cut for cut in planned.refitted}
     unfinished = {number for number, cut in cuts.items() if not paths[cut.stack.name].exists()}

@@ -9,8 +9,9 @@ weight, the changes are
 
     argmin E‖G^½ (t − Dᵀ Σ_V (h_V ∘ Δ_V x))‖² + λ s̄ Σ_V Σ_j K_V,jj ‖Δ_V,j‖²,    K_V = (D G Dᵀ) ∘ E[h_V h_Vᵀ],
 
-with s̄ the mean eigenvalue of E[x xᵀ], found by conjugate gradients from zero, preconditioned for each writer by
-``(K_V + λ diag K_V)⁻¹ ⊗ (E[x xᵀ] + λ s̄ 1)⁻¹``: the solution itself, if there were one writer, and h and x independent.
+with s̄ the mean eigenvalue of E[x xᵀ], of tokens alike, found by conjugate gradients from zero, preconditioned for each
+writer by ``(K_V + λ diag K_V)⁻¹ ⊗ (E[x xᵀ] + λ s̄ 1)⁻¹``: but for λ the solution itself, if there were one writer, and h
+and x independent.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-RIDGE = 0.1  # λ
+RIDGE = 0.03  # λ
 STEPS = 4  # of conjugate gradients: more of them follow the calibration text, and no other
-SPARED = 4  # one chunk in so many gives the moments that precondition
+SAMPLED = 4  # one chunk in so many gives the correlations that precondition
 CHUNK = 1 << 12  # tokens whose units are formed at once: few enough to stay in the cache
 DEAD = 1e-6  # of the mean K_jj, for units that never change
 
@@ -82,7 +83,9 @@ class Linearised:
     dtype: torch.dtype
     _count: int = field(default=0, init=False)
     _chunks: list[tuple[Tensor, Sequence[Tensor]]] = field(default_factory=list, init=False)  # x and slopes
-    _missing: list[Tensor] = field(default_factory=list, init=False)  # Σ (h ∘ D G t) xᵀ of each writer
+    _missing: Tensor = field(init=False)  # Σ (h ∘ D G t) xᵀ of each writer
+    _energies: Tensor = field(init=False)  # Σ h² of each writer
+    _inputs: float = field(default=0.0, init=False)  # Σ ‖x‖²
 
     def add(self, x: Tensor, slopes: Sequence[Tensor], missing: Tensor) -> None:
         """Add a chunk of tokens.
@@ -93,12 +96,11 @@ class Linearised:
             missing: t times the root of each token's weight, (tokens, hidden).
         """
         outputs = self._through(missing if self.root is None else missing @ self.root.to(self.dtype))
-        for at, slope in enumerate(slopes):
-            part = ((outputs * slope).T @ x).double()
-            if at < len(self._missing):
-                self._missing[at] += part
-            else:
-                self._missing.append(part)
+        missed = torch.stack([((outputs * slope).T @ x).double() for slope in slopes])
+        energies = torch.stack([slope.float().square().sum(0).double() for slope in slopes])
+        self._missing = self._missing + missed if self._count else missed
+        self._energies = self._energies + energies if self._count else energies
+        self._inputs += float(x.float().square().sum())
         self._chunks.append((x, [slope.bfloat16() for slope in slopes]))
         self._count += len(x)
 
@@ -106,19 +108,21 @@ class Linearised:
         """Return Δ of each writer, the best change of its rows, (k, hidden) float64.
 
         Cost: a step takes 2 · tokens · k · hidden multiplications for each writer and as many for all together; every
-            fourth chunk's k² a token give E[h hᵀ] of each.
+            fourth chunk's k² a token give E[h hᵀ] of each. Memory: five (k, k) for each writer.
         """
-        some = self._chunks[::SPARED]
-        second = _mean_product([x for x, _ in some])
-        scale = float(second.diagonal().mean())
+        sample = self._chunks[::SAMPLED]
+        second = _mean_product([x for x, _ in sample])
+        scale = self._inputs / self._count / len(second) or 1.0
         gram = self._weighted @ self._weighted.T
-        overlaps = [gram * _mean_product([slopes[at] for _, slopes in some]) for at in range(len(self._missing))]
-        owns = torch.stack([_own(overlap.diagonal()) for overlap in overlaps])
-        if not scale * float(owns.min()) > 0:
-            return [torch.zeros_like(total) for total in self._missing]  # nothing goes in, or nothing comes out
-        across = torch.stack([_inverse(overlap, own) for overlap, own in zip(overlaps, owns, strict=True)])
-        along = _inverse(second, _own(second.diagonal().mean().expand(len(second))))
-        return list(self._descend(torch.stack(self._missing) / self._count, across, along, scale * owns[..., None]))
+        ridges, across = [], []
+        for at, energy in enumerate(self._energies):
+            diagonal = gram.diagonal() * energy / self._count
+            ridge = RIDGE * (diagonal.clamp_min(DEAD * float(diagonal.mean())) if diagonal.any() else diagonal + 1)
+            ridges.append(ridge)
+            across.append(_inverse(gram * _mean_product([slopes[at] for _, slopes in sample]), diagonal, ridge))
+        along = _inverse(second, second.diagonal(), torch.full_like(second.diagonal(), RIDGE * scale))
+        ridge = scale * torch.stack(ridges)[..., None]
+        return list(self._descend(self._missing / self._count, torch.stack(across), along, ridge))
 
     def _descend(self, residual: Tensor, across: Tensor, along: Tensor, ridge: Tensor) -> Tensor:
         """Return what conjugate gradients come to from zero, (writers, k, hidden)."""
@@ -141,7 +145,7 @@ class Linearised:
             moved = sum((x @ rows).mul_(slope) for rows, slope in zip(low, slopes, strict=True))
             outputs = self._through(moved @ self._down)
             for at, slope in enumerate(slopes):
-                image[at] += (outputs * slope).to(x.dtype).T @ x
+                image[at] += (outputs * slope).T @ x
         return image / self._count
 
     def _through(self, outputs: Tensor) -> Tensor:
@@ -166,11 +170,8 @@ def _mean_product(chunks: Sequence[Tensor]) -> Tensor:
     return total / sum(map(len, chunks))
 
 
-def _own(diagonal: Tensor) -> Tensor:
-    """Return the ridge by a matrix's diagonal."""
-    return RIDGE * diagonal.clamp_min(DEAD * float(diagonal.mean()))
-
-
-def _inverse(matrix: Tensor, own: Tensor) -> Tensor:
-    """Return the inverse of a positive semi-definite matrix with a ridge on its diagonal."""
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix + own.diag()))
+def _inverse(sampled: Tensor, diagonal: Tensor, ridge: Tensor) -> Tensor:
+    """Return the inverse of a moment of some tokens, with a ridge, and no entry of its diagonal below that of all."""
+    regular = sampled.clone()
+    regular.diagonal().copy_(torch.maximum(sampled.diagonal(), diagonal) + ridge)
+    return torch.cholesky_inverse(torch.linalg.cholesky(regular))
