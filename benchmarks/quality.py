@@ -171,9 +171,9 @@ class Bench:
     def found(self, keep: float, *, plain: bool) -> Made:
         """Return what `trawl compress --keep` writes; an interrupted run of this commit is gone on with."""
         options = self.options
-        made_by = commit()
+        dirty = options.commit.endswith("-dirty")
         kind = f"{'plain' if plain else 'any'}{options.refit_option.replace(' ', '')}"
-        out: Path = options.work / f"{made_by}-{keep}-{kind}"
+        out: Path = options.work / f"{options.commit}-{keep}-{kind}"
         asked = {} if options.refit is None else {"refit": options.refit}
         trawl.compress(
             options.model,
@@ -182,8 +182,8 @@ class Bench:
             calibrate=options.calibrate,
             moments=options.work,
             device=str(self.device),
-            resume=not made_by.endswith("-dirty"),
-            overwrite=made_by.endswith("-dirty"),
+            resume=not dirty,
+            overwrite=dirty,
         )
         model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(self.device).eval()
         return Made(model, *stored_size(out))
@@ -281,7 +281,7 @@ def run(bench: Bench, console: Console) -> None:
         began = time.perf_counter()
         made = make()
         row: dict[str, Any] = {"parameters": made.parameters, "bytes": made.nbytes}
-        row |= {"seconds": time.perf_counter() - began, "commit": commit()}
+        row |= {"seconds": time.perf_counter() - began, "commit": options.commit}
         if options.speed and name not in ("dense", "int8"):
             row |= bench.speeds(made)
         if isinstance(made.weights, PreTrainedModel):
@@ -392,6 +392,7 @@ def main() -> None:
     logging.disable_progress_bar()
     console = Console(width=200)
     device = options.device = pick_device(options.device)
+    options.commit = commit()  # what was loaded, whatever is committed while this runs
     options.refit_option = {None: "", True: " --refit", False: " --no-refit"}[options.refit]
     earlier(options)
     checkpoint = open_checkpoint(str(options.model))

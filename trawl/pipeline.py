@@ -220,8 +220,8 @@ def compress(
         raise PlanError("--factors takes factors of a given rank, and a budget chooses ranks; leave one of the two out")
     checkpoint = open_checkpoint(model, revision)
     target = Workspace(Path(out) if out is not None else budget_out(checkpoint, recipe))
-    kept = moments is not None  # what a finished run had measured
-    target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0, finished=resume and kept)
+    finished = resume and moments is not None and (target.out / "trawl.json").is_file()  # its damages are kept too
+    target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0, finished=finished)
     folder = target.search if moments is None else Path(moments)
     found = find_recipe(
         model,

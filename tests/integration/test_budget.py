@@ -153,6 +153,10 @@ def test_a_finished_budget_is_not_made_again_where_its_damages_are_kept(
     assert (out / "trawl.json").stat().st_mtime_ns == before
     with pytest.raises(PlanError, match="exists; pass --overwrite"):
         compress(model, out, text, kept, keep=0.7, resume=True)
+    (out / "trawl.json").unlink()
+    monkeypatch.setattr("trawl.pipeline.find_recipe", None)  # refused before anything is measured
+    with pytest.raises(PlanError, match="exists; pass --overwrite"):
+        compress(model, out, text, kept, keep=0.8, resume=True)
 
 
 def test_a_damage_is_measured_until_its_error_suffices(

@@ -165,6 +165,23 @@ def test_the_tokens_that_judge_choose_the_ridge(model, text, tmp_path, monkeypat
     assert chosen == [max(fitting.RIDGES) if draws else min(fitting.RIDGES)]
 
 
+def test_the_reader_of_all_tokens_has_the_ridge_that_was_chosen(model, text, tmp_path, monkeypatch):
+    """A single batch is fitted to and judges, so that solving once more must give the same."""
+    readers, original = [], fitting.Refit._narrowing
+    monkeypatch.setattr(fitting, "RIDGES", (1.0,))
+    monkeypatch.setattr(
+        fitting.Refit,
+        "_narrowing",
+        lambda fc, weights, *rest: readers.append((weights, found := original(fc, weights, *rest))) or found,
+    )
+    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
+    trawl.compress(model, recipe, tmp_path / "out", calibrate=text, calibration_tokens=2048)
+    assert len(readers) == 3
+    for weights, found in readers:
+        assert not torch.equal(weights.reader, weights.towards)
+        torch.testing.assert_close(found.reader.double(), weights.reader)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_slopes_are_those_of_the_model_s_own_code(zoo, text, tmp_path, monkeypatch, family):
     """By central differences, for each writer; each unit depends on its own pre-activation alone."""
