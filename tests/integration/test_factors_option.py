@@ -1,6 +1,8 @@
-"""``trawl compress --factors``: an output from the factors of a library, to the byte."""
+"""``trawl compress --factors``: an output from a library's factors, to the byte; processes that share a library."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,3 +124,48 @@ def test_the_command_takes_a_library(zoo, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         trawl_cli.main()
     assert "method.seed" in capsys.readouterr().err
+
+
+FETCH_ALL = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+import trawl
+from trawl.factor_library import FactorLibrary
+
+def observer(stage, done, total):
+    if done == 1:
+        print("decomposed")
+
+folder, model, *ranks = sys.argv[1:]
+library = FactorLibrary.create(Path(folder), (2, 8, 4))
+for rank in ranks:
+    for layer in range(3):
+        planned = trawl.plan(model, trawl.Recipe(rank=int(rank), roles="fc", layers=str(layer)))
+        library.fetch(planned, planned.stacks[0], observer=observer)
+"""
+
+
+def start_fetching(folder: Path, model: Path, ranks: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", FETCH_ALL, folder, model, *ranks],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_processes_share_the_work_and_make_the_same_files(zoo, tmp_path):
+    jobs = [
+        start_fetching(tmp_path / folder, zoo("llama"), ranks)
+        for folder, ranks in (("shared", "248"), ("shared", "842"), ("alone", "482"))
+    ]
+    texts = [job.communicate(timeout=120)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    decomposed = [text.count("decomposed") for text in texts]
+    assert (decomposed[0] + decomposed[1], decomposed[2]) == (9, 9)  # three layers, three ranks
+    shared, alone = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.*")} for name in ("shared", "alone")
+    )
+    assert not [name for name in shared if name.endswith(".partial")]
+    assert shared == alone

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -262,11 +263,19 @@ def test_a_recipe_that_a_refit_does_not_go_with_is_refused(recipe, message):
         trawl.Recipe(**recipe, refit=True)
 
 
-def test_a_refit_without_a_text_is_refused(model):
-    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
-    for planned in (trawl.compress, trawl.plan):
+def test_a_refit_without_a_text_is_refused(model, tmp_path):
+    narrow, budget = trawl.Recipe(method="narrow", width=32, refit=True), trawl.Recipe(keep=0.8, refit=True)
+    search = partial(trawl.find_recipe, folder=tmp_path / "search")
+    for start, recipe in ((trawl.compress, narrow), (trawl.plan, narrow), (trawl.compress, budget), (search, budget)):
         with pytest.raises(PlanError, match="a refit needs what the model computes on a text"):
-            planned(model, recipe)
+            start(model, recipe)
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_plain_budget_without_a_text_says_that_nothing_is_refitted(model, tmp_path, caplog):
+    trawl.compress(model, trawl.Recipe(keep=0.9, plain=True), tmp_path / "out")
+    assert "on random tokens, and nothing is refitted. Expect" in caplog.text
+    assert not json.loads((tmp_path / "out" / "trawl.json").read_text())["identity"]["recipe"]["refit"]
 
 
 def test_a_recipe_that_narrows_nothing_needs_no_text(model, tmp_path):

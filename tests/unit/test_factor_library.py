@@ -1,10 +1,7 @@
-"""Cached factor files: made once, the same in any order and by any process, refused when damaged."""
+"""Cached factor files: made once, the same in any order, refused when damaged."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,45 +196,3 @@ def test_what_is_missing_is_told_from_what_is_there(zoo, tmp_path):
         library.find(planned, planned.stacks[0])
     fetch(library, planned)
     assert library.find(planned, planned.stacks[0]).name.startswith("fc.1-cp-r4-")
-
-
-FETCH_ALL = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-import trawl
-from trawl.factor_library import FactorLibrary
-
-def observer(stage, done, total):
-    if done == 1:
-        print("decomposed")
-
-folder, model, *ranks = sys.argv[1:]
-library = FactorLibrary.create(Path(folder), (2, 8, 4))
-for rank in ranks:
-    for layer in range(3):
-        planned = trawl.plan(model, trawl.Recipe(rank=int(rank), roles="fc", layers=str(layer)))
-        library.fetch(planned, planned.stacks[0], observer=observer)
-"""
-
-
-def start_fetching(folder: Path, model: Path, ranks: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", FETCH_ALL, folder, model, *ranks],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_processes_share_the_work_and_make_the_same_files(zoo, tmp_path):
-    jobs = [
-        start_fetching(tmp_path / folder, zoo("llama"), ranks)
-        for folder, ranks in (("shared", "248"), ("shared", "842"), ("alone", "482"))
-    ]
-    texts = [job.communicate(timeout=120)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0]
-    decomposed = [text.count("decomposed") for text in texts]
-    assert (decomposed[0] + decomposed[1], decomposed[2]) == (9, 9)  # three layers, three ranks
-    assert bytes_of(tmp_path / "shared") == bytes_of(tmp_path / "alone")
-    assert not list((tmp_path / "shared").glob("*.partial"))

@@ -143,8 +143,9 @@ def find(question: Question, ray: str | None = None, observer: Observer = silent
     """
     if not question.calibrate:
         LOG.warning(
-            "no calibration text: forms are chosen by what the model computes on random tokens. Expect a far worse "
-            "model than with a text of its kind; pass --calibrate TEXT. `trawl sample` lets the model write one"
+            "no calibration text: forms are chosen by what the model computes on random tokens%s. Expect a far worse "
+            "model than with a text of its kind; pass --calibrate TEXT. `trawl sample` lets the model write one",
+            ", and nothing is refitted" if question.recipe.refit else "",
         )
         told_nothing = {"output_weighting": "none", "refit": False}  # by a text that means nothing
         recipe = question.recipe.model_copy(update=told_nothing)
