@@ -11,13 +11,15 @@ kept; whitened SVD stands twice, the second time in interpolative form, which tr
 does. Perplexity is over windows of 1,024 tokens of WikiText-2 valid and of the second half of the C4 sample; accuracies
 are `trawl eval`'s.
 
-trawl's two rows are what `trawl compress --keep` writes, loaded from disk. In all others weights are replaced in the
-loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and bytes are those of
-the plan, which are those on disk, with whole factors in the published methods' rows. `--speed` times decoding at batch
-1 and prefill of 512 tokens, in turns with the dense model, of the factored or narrow checkpoint that each row would be,
-as trawl stores it. `--raw FILE` keeps every figure as JSON, after each row: the same command goes on where it was
-interrupted, and more rows or shares may be asked for. `--work` keeps moments, damages and trawl's outputs; minutes are
-those of the run that finished a row, so that with an empty `--work` they hold all but the calibration.
+trawl's two rows are what `trawl compress --keep` writes, loaded from disk; with `--sampled FILE`, a text that `trawl
+sample` let the model write, they are calibrated on that too, and are rows of their own. In all others weights are
+replaced in the loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and
+bytes are those of the plan, which are those on disk, with whole factors in the published methods' rows. `--speed`
+times decoding at batch 1 and prefill of 512 tokens, in turns with the dense model, of the factored or narrow
+checkpoint that each row would be, as trawl stores it. `--raw FILE` keeps every figure as JSON, after each row: the
+same command goes on where it was interrupted, and more rows or shares may be asked for. `--work` keeps moments,
+damages and trawl's outputs; minutes are those of the run that finished a row, so that with an empty `--work` they
+hold all but the calibration.
 """
 
 from __future__ import annotations
@@ -172,15 +174,15 @@ class Bench:
         """Return what `trawl compress --keep` writes; an interrupted run of this commit is gone on with."""
         options = self.options
         dirty = options.commit.endswith("-dirty")
-        kind = f"{'plain' if plain else 'any'}{options.refit_option.replace(' ', '')}"
+        kind = f"{'plain' if plain else 'any'}{options.suffix.replace(' ', '-')}"
         out: Path = options.work / f"{options.commit}-{keep}-{kind}"
         asked = {} if options.refit is None else {"refit": options.refit}
         trawl.compress(
             options.model,
             trawl.Recipe(keep=keep, plain=plain, **asked),
             out,
-            calibrate=options.calibrate,
-            moments=options.work,
+            calibrate=[*options.calibrate, *options.sampled],
+            moments=options.work / "sampled" if options.sampled else options.work,
             device=str(self.device),
             resume=not dirty,
             overwrite=dirty,
@@ -250,8 +252,8 @@ def rows(bench: Bench, keep: float) -> dict[str, Callable[[], Made]]:
         "whitened SVD, interpolative": lambda: of(
             svd_recipe(bench.checkpoint, keep, "none", 1, interpolative=True), whitened
         ),
-        f"trawl{bench.options.refit_option}": lambda: bench.found(keep, plain=False),
-        f"trawl --plain{bench.options.refit_option}": lambda: bench.found(keep, plain=True),
+        f"trawl{bench.options.suffix}": lambda: bench.found(keep, plain=False),
+        f"trawl --plain{bench.options.suffix}": lambda: bench.found(keep, plain=True),
         "uniform narrow": lambda: of(narrow_recipe(bench.checkpoint, keep), whitened),
         "joint whitened SVD": svd("input", 1, whitened),
         "Tucker of each FC": lambda: of(tucker_recipe(bench.checkpoint, keep), whitened),
@@ -273,7 +275,7 @@ def run(bench: Bench, console: Console) -> None:
     }
     for keep in options.keep:
         for name, make in rows(bench, keep).items():
-            if not options.row or name.removesuffix(options.refit_option) in options.row:
+            if not options.row or name.removesuffix(options.suffix) in options.row:
                 makers[f"{keep}: {name}"] = make
     for name, make in makers.items():
         if name in figures:
@@ -383,6 +385,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="records of each task")
     parser.add_argument("--no-accuracy", dest="accuracy", action="store_false", help="perplexities only")
     parser.add_argument("--speed", action="store_true", help="time decoding and prefill against dense, in float32")
+    parser.add_argument("--sampled", type=Path, action="append", default=[], help="text of the model, for trawl's rows")
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="trawl's rows; by default as compress")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="to score in")
@@ -393,7 +396,8 @@ def main() -> None:
     console = Console(width=200)
     device = options.device = pick_device(options.device)
     options.commit = commit()  # what was loaded, whatever is committed while this runs
-    options.refit_option = {None: "", True: " --refit", False: " --no-refit"}[options.refit]
+    refit = {None: "", True: " --refit", False: " --no-refit"}[options.refit]
+    options.suffix = refit + (" with its own text" if options.sampled else "")  # of the names of trawl's rows
     earlier(options)
     checkpoint = open_checkpoint(str(options.model))
     match = match_checkpoint(checkpoint)

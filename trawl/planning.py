@@ -108,7 +108,8 @@ class Plan:
     @property
     def changed_tensors(self) -> tuple[str, ...]:
         """Stored tensors that will be written anew."""
-        return tuple(dict.fromkeys(name for planned in self.stacks for name in planned.stack.tensors))
+        refitted = [cut.attention.tensor for cut in self.narrowed.cuts if cut.attention] if self.narrowed else []
+        return tuple(dict.fromkeys([name for planned in self.stacks for name in planned.stack.tensors] + refitted))
 
     @property
     def output_bytes(self) -> int:
@@ -292,7 +293,8 @@ def _narrow_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> 
             "(--kv-heads); leave --roles out"
         )
     plain = recipe.write == "dense"
-    narrowed = narrow(checkpoint, match, layers, width=recipe.width, kv_heads=recipe.kv_heads, plain=plain)
+    width, kv_heads, refit = recipe.width, recipe.kv_heads, recipe.refit
+    narrowed = narrow(checkpoint, match, layers, width=width, kv_heads=kv_heads, plain=plain, refit=refit)
     descriptor = Descriptor((), narrowed.narrow) if narrowed.narrow else None
     return Plan(checkpoint, match, recipe, _planned_cuts(narrowed), (), descriptor, narrowed=narrowed)
 

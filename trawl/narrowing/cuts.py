@@ -30,11 +30,13 @@ class Cut:
         stack: its slices. Rows of those that write the inner side are selected; the one that reads it is refitted.
         units: neurons, or key-value groups; every slice has as many rows for each unit, one after the other.
         keep: how many stay.
+        attention: the o in front of an FC, where a refit may change it.
     """
 
     stack: Stack
     units: int
     keep: int
+    attention: Placement | None = None
 
     @property
     def reader(self) -> Placement:
@@ -95,6 +97,7 @@ def narrow(
     width: Width | None = None,
     kv_heads: int | None = None,
     plain: bool = True,
+    refit: bool = False,
 ) -> Narrowed:
     """Work out what stays of which tensor.
 
@@ -106,6 +109,7 @@ def narrow(
             ``MULTIPLE``, or a number for each layer.
         kv_heads: key-value heads to keep, with their query heads.
         plain: whether only an ordinary checkpoint will do, of the same width in all layers.
+        refit: whether each FC's attention may change, which no other cut does.
     Returns: cuts, shapes and config.
     Raises: PlanError: nothing is narrowed, a size is out of range, or the config has no place for it.
     """
@@ -115,7 +119,8 @@ def narrow(
     fields: dict[str, int] = {}
     if width is not None:
         widths = fc_widths(match, layers, width)
-        cuts += [_fc_cut(match, layer, keep) for layer, keep in widths.items()]
+        outputs = {part.layer: part for part in match.placements if part.role == "o"} if refit and not kv_heads else {}
+        cuts += [_fc_cut(match, layer, keep, outputs.get(layer)) for layer, keep in widths.items()]
         fields |= _width_field(match, widths, plain=plain)
     widest = next(iter(fields.values()), max((cut.units for cut in cuts), default=0))
     fcs = tuple(cuts)
@@ -177,10 +182,10 @@ def _rounded(width: float, full: int) -> int:
     return max(step, round(width * full / step) * step)
 
 
-def _fc_cut(match: FamilyMatch, layer: int, keep: int) -> Cut:
+def _fc_cut(match: FamilyMatch, layer: int, keep: int, attention: Placement | None) -> Cut:
     """Cut one FC."""
     slices = tuple(part for part in match.placements if part.layer == layer and part.role in FC)
-    return Cut(Stack(f"fc.{layer}", slices), slices[0].shape[0], keep)
+    return Cut(Stack(f"fc.{layer}", slices), slices[0].shape[0], keep, attention)
 
 
 def _width_field(match: FamilyMatch, widths: Mapping[int, int], *, plain: bool) -> dict[str, int]:

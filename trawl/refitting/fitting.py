@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,38 +15,12 @@ from trawl.errors import CheckpointError
 from trawl.families import Placement
 from trawl.narrowing import Cut, Narrowing
 from trawl.narrowing.cuts import bias_of, positions
-from trawl.narrowing.selection import RIDGE, Problem, eliminate, make_problem, root_of, weigh_outputs
+from trawl.narrowing.selection import eliminate, make_problem, root_of, weigh_outputs
 from trawl.refitting.inner import InnerFunction
 from trawl.refitting.solving import Linearised, Tokens
+from trawl.refitting.sums import REPAIRED, RIDGES, Summing, Sums, judging
 
-JUDGED = 16  # one batch in so many is not fitted to, but says whether what was fitted is better
 SAMPLE = 64  # tokens on which units are shown to stand alone
-RIDGES = (RIDGE, 0.1, 0.3, 1.0)  # of the reader, of which the tokens that judge choose
-REPAIRED = 0.5  # share of what the stream misses that an FC is to give on top: more of it follows noise
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """Over some tokens by their weights, float64: Σ a aᵀ, Σ a yᵀ, Σ a, Σ y, Σ ‖y‖² and Σ 1 of units a and outputs y."""
-
-    second: Tensor
-    cross: Tensor
-    units: Tensor
-    outputs: Tensor
-    energy: float
-    count: float
-
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
-
-    def problem(self, reader: Tensor, ridge: float, *, centred: bool) -> Problem:
-        """Return the least-squares problem of the reader, whose ridge draws to another one."""
-        second, cross, energy = self.second / self.count, self.cross / self.count, self.energy / self.count
-        if not centred:
-            return make_problem(reader, second, cross, energy, ridge=ridge)
-        units, outputs = self.units / self.count, self.outputs / self.count
-        cross, energy = cross - torch.outer(units, outputs), energy - float(outputs.square().sum())
-        return make_problem(reader, second, cross, energy, units, ridge=ridge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +94,7 @@ class Refit:
             sums.add(weight.sqrt() * units)
             mean += (weight * units).double().sum(0)
             parts.append((x.to(self.dtype), y, weight))
-        judges = set(range(JUDGED - 1, len(parts), JUDGED)) or {len(parts) - 1}
+        judges = judging(len(parts))
         fitted = [part for number, part in enumerate(parts) if number not in judges]
         self.judged = _joined(part for number, part in enumerate(parts) if number in judges)
         self.fitted = _joined(fitted) if fitted else self.judged
@@ -193,25 +166,15 @@ class Refit:
 
     def _shift(self, sums: Sums, reader: Tensor) -> Tensor:
         """Return what the reader's bias grows by."""
-        shift = (sums.outputs - reader.T @ sums.units) / sums.count
+        shift = (sums.outputs - reader.T @ sums.inputs) / sums.count
         return torch.zeros_like(shift) if self._bias(self.inner.reader) is None else shift
 
     def _sums(self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor) -> Sums:
         """Return the sums of the units that some rows give."""
-        k, hidden = len(kept), tokens.y.shape[1]
-        zeros = partial(torch.zeros, dtype=torch.float64, device=tokens.x.device)
-        second = MomentSum.of_width(k, tokens.x.device)
-        cross, units, outputs = zeros(k, hidden), zeros(k), zeros(hidden)
+        summing = Summing(len(kept), tokens.y.shape[1], tokens.x.device)
         for at, pre in self._pre(rows, tokens, kept):
-            root = tokens.weight[at].sqrt()
-            some = self.inner(pre).float() * root  # sums of less would be too rough to invert
-            wanted = tokens.y[at].float() * root
-            second.add(some)
-            cross += (some.T @ wanted).double()
-            units += (some * root).double().sum(0)
-            outputs += (wanted * root).double().sum(0)
-        whole = second.matrix(torch.float64, tokens.x.device) * second.tokens
-        return Sums(whole, cross, units, outputs, tokens.energy * tokens.count, tokens.count)
+            summing.add(self.inner(pre), tokens.y[at], tokens.weight[at])
+        return summing.sums()
 
     def _error(self, rows: Mapping[Placement, Tensor], reader: Tensor, shift: Tensor, kept: Tensor) -> float:
         """Return E‖y − ŷ‖² / E‖y‖² over the tokens that judge, all outputs alike."""
@@ -266,18 +229,22 @@ class Refit:
         return bias if part is self.inner.reader else bias[positions(part.view, self.inner.shapes[part])]
 
     def _rounded(self, matrix: Tensor, part: Placement) -> Tensor:
-        """Return the values that the stored dtype of a slice's tensor has for these.
+        """Return the values that the stored dtype of a slice's tensor has for these."""
+        return rounded(matrix, part.tensor, self.checkpoint, self.inner.block.number).double()
 
-        Raises: CheckpointError: some are too large for it.
-        """
-        dtype = self.checkpoint.read(part.tensor).dtype
-        rounded = matrix.to(dtype)
-        if not torch.isfinite(rounded).all():
-            raise CheckpointError(
-                f"layer {self.inner.block.number}: the refitted {part.tensor} does not fit its stored dtype {dtype}; "
-                "keep more units, or pass --no-refit"
-            )
-        return rounded.double()
+
+def rounded(matrix: Tensor, name: str, checkpoint: Checkpoint, layer: int) -> Tensor:
+    """Return a fitted matrix in the stored dtype of its tensor.
+
+    Raises: CheckpointError: some values are too large for it.
+    """
+    found = matrix.to(dtype := checkpoint.read(name).dtype)
+    if not torch.isfinite(found).all():
+        raise CheckpointError(
+            f"layer {layer}: the refitted {name} does not fit its stored dtype {dtype}; keep more units, or pass "
+            "--no-refit"
+        )
+    return found
 
 
 def _joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,14 @@ from trawl.calibration import Calibration
 from trawl.calibration.gathering import BATCH_TOKENS
 from trawl.calibration.streaming import Batch, Block, BlockChain
 from trawl.factors import Factors
+from trawl.families import Placement
 from trawl.models import fast_products
 from trawl.narrowing import Cut, Narrowing, padded_tensors
 from trawl.observers import Observer, silent
 from trawl.planning import Plan
 from trawl.processor import multiplies_bfloat16
-from trawl.refitting.fitting import Refit
+from trawl.refitting.attention import refit_attention
+from trawl.refitting.fitting import Refit, rounded
 from trawl.refitting.inner import InnerFunction
 from trawl.writing import fill, slice_of
 
@@ -29,8 +32,9 @@ def seal_refitted(
 ) -> dict[str, float]:
     """Choose the units of FCs that stay, refit what writes and what reads them, and seal the narrowings.
 
-    Block by block, both models run: the original one, and the compressed one with all that is sealed. Of each FC units
-    are chosen by what it computes of the compressed model's inputs; then up and gate change by what gives these outputs
+    Block by block, both models run: the original one, and the compressed one with all that is sealed. The o in front of
+    an FC that is narrowed takes over half of what the residual stream misses there. Of each FC units are chosen by what
+    it computes of the compressed model's inputs; then up and gate change by what gives these outputs
     best, and half of what the residual stream misses by then, see :mod:`trawl.refitting.solving`, and the reader is
     solved anew. A sixteenth of the text judges: changes that do not help there are dropped. An FC behind which a norm
     stands is fitted on the original model's inputs instead, to its own outputs alone.
@@ -53,7 +57,9 @@ def seal_refitted(
         return {}
     chain, windows = calibration.chain, calibration.windows
     items = {item.stack.name: item for item in planned.stacks}
-    adds = _adds(planned, chain, cuts[min(unfinished)], chain.enter([windows[:1]])[0])
+    first, batch = cuts[min(unfinished)], chain.enter([windows[:1]])[0]
+    adds = _adds(planned, chain, first.reader, batch)
+    attention = adds and first.attention is not None and _adds(planned, chain, first.attention, batch, first.reader)
     seconds: dict[str, float] = {}
     total = max(unfinished) + 1
     with fast_products() if calibration.compute == "bf16" else nullcontext():
@@ -63,11 +69,16 @@ def seal_refitted(
             observer("refitting", number, total)
             left = _run(chain, number, {}, original)
             if number in unfinished:
-                with chain.loaded(number, _changed(planned, number, paths) if adds else {}) as block:
-                    fc = _open(planned, chain, block, cuts[number], calibration.compute)
+                cut, changed, o = cuts[number], _changed(planned, number, paths) if adds else {}, None
+                if attention and compressed is not original:
+                    o = _attention(planned, chain, cut, original, compressed)
+                if o is not None and cut.attention:
+                    changed |= _with_slice(planned, cut.attention, o)
+                with chain.loaded(number, changed) as block:
+                    fc = _open(planned, chain, block, cut, calibration.compute)
                     fc.read(compressed if adds else original, left if adds else None)
-                    began, name = time.perf_counter(), cuts[number].stack.name
-                    fc.solve().save(paths[name], {"stack": items[name].to_json()})
+                    began, name = time.perf_counter(), cut.stack.name
+                    replace(fc.solve(), attention=o).save(paths[name], {"stack": items[name].to_json()})
                     seconds[name] = time.perf_counter() - began
             changed = _changed(planned, number, paths)
             if not adds or (compressed is original and not changed):
@@ -79,14 +90,35 @@ def seal_refitted(
     return seconds
 
 
-def _adds(planned: Plan, chain: BlockChain, cut: Cut, batch: Batch) -> bool:
-    """Whether what an FC gives is added to the residual stream as it is, as one batch shows."""
-    reader, number = cut.reader, cut.stack.layers[0]
-    stored = planned.checkpoint.read(reader.tensor)
-    with slice_of(without := stored.clone(), reader.view) as written:
-        written.zero_()
-    name = chain.weights_of(number)[reader.tensor][0]
-    return chain.adds(number, batch, (name, reader.view.apply(stored)), {reader.tensor: without})
+def _adds(planned: Plan, chain: BlockChain, part: Placement, batch: Batch, behind: Placement | None = None) -> bool:
+    """Whether what a matrix gives is added to the residual stream as it is, as one batch shows.
+
+    What reads the stream ``behind`` it is silenced.
+    """
+    stored = part.view.apply(planned.checkpoint.read(part.tensor))
+    without = _with_slice(planned, part, torch.zeros_like(stored))
+    name = chain.weights_of(part.layer)[part.tensor][0]
+    silent = _with_slice(planned, behind, stored.new_zeros(behind.shape)) if behind else None
+    return chain.adds(part.layer, batch, (name, stored), without, silent)
+
+
+def _with_slice(planned: Plan, part: Placement, values: Tensor) -> dict[str, Tensor]:
+    """Return a stored tensor in which one slice is another, by its name."""
+    stored = planned.checkpoint.read(part.tensor).clone()
+    part.view.scatter(values, stored)
+    return {part.tensor: stored}
+
+
+def _attention(
+    planned: Plan, chain: BlockChain, cut: Cut, original: Sequence[Batch], compressed: Sequence[Batch]
+) -> Tensor | None:
+    """Return the o in front of an FC where it changes, canonical, in the stored dtype, on the CPU."""
+    part, number = cut.attention, cut.stack.layers[0]
+    assert part is not None
+    stored = part.view.apply(planned.checkpoint.read(part.tensor))
+    with chain.loaded(number) as block:
+        found = refit_attention(block, chain.weights_of(number)[part.tensor][0], stored, original, compressed)
+    return None if found is None else rounded(found, part.tensor, planned.checkpoint, number).cpu()
 
 
 def _run(chain: BlockChain, number: int, changed: Mapping[str, Tensor], batches: Sequence[Batch]) -> list[Batch]:
