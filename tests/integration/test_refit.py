@@ -20,7 +20,7 @@ from trawl.calibration import open_moments
 from trawl.checkpoint import open_folder
 from trawl.errors import PlanError
 from trawl.planning import match_checkpoint
-from trawl.refitting import fitting
+from trawl.refitting import attention, fitting
 
 FAMILIES = ("gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bert")
 
@@ -116,6 +116,76 @@ def test_only_an_fc_that_is_added_to_the_stream_repairs_it(zoo, text, tmp_path, 
         monkeypatch.setattr(fitting, "REPAIRED", share)
         run(source, text, tmp_path / str(share), {"refit": True})
     assert (weights_hash(tmp_path / "0.0") != weights_hash(tmp_path / "0.5")) == adds
+
+
+def test_o_takes_over_half_of_what_the_stream_misses_by_weighted_least_squares(model, text, monkeypatch):
+    monkeypatch.setattr(attention, "RIDGES", (0.1,))
+    calibration = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192)
+    original = calibration.chain.enter(calibration.windows.split(1))
+    torch.manual_seed(0)
+    shift = 0.1 * torch.randn(original[0].hidden.shape[-1], original[0].hidden.shape[-1])
+    compressed = [replace(batch, hidden=batch.hidden + batch.hidden @ shift) for batch in original]
+    with calibration.chain.loaded(1) as block:
+        name, o = "self_attn.o_proj.weight", block.layer.self_attn.o_proj
+        stored = o.weight.detach().T.clone()
+        found = attention.refit_attention(block, name, stored, original, compressed)
+        read = []
+        hook = o.register_forward_pre_hook(lambda _, x: read.append(x[0].flatten(0, -2).double()))
+        for batch in (*original, *compressed):
+            block.run(batch)
+        hook.remove()
+    before, now = (torch.cat(read[part]) for part in (slice(len(original)), slice(len(original), None)))
+    entered = [torch.cat([batch.hidden.flatten(0, -2) for batch in batches]) for batches in (original, compressed)]
+    wanted = entered[0] + before @ stored.double()
+    missing = wanted - entered[1] - now @ stored.double()
+    weighed = now / (wanted.square().mean(1, keepdim=True) + 1e-6)
+    gram = weighed.T @ now
+    change = torch.linalg.solve(gram + 0.1 * gram.diagonal().diag(), weighed.T @ missing / 2)
+    assert float((missing - now @ change).norm()) < 0.9 * float(missing.norm())
+    torch.testing.assert_close(found - stored, change, rtol=1e-3, atol=1e-5)
+
+
+def test_o_stays_where_the_judging_tokens_miss_something_else(model, text):
+    calibration = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192)
+    original = calibration.chain.enter(calibration.windows.split(1))[:16]
+    compressed = [replace(batch, hidden=batch.hidden + 0.1) for batch in original]
+    other = [*original[:15], replace(original[15], hidden=original[15].hidden + 0.2)]  # the last one judges
+    with calibration.chain.loaded(1) as block:
+        stored = block.layer.self_attn.o_proj.weight.detach().T.clone()
+        find = partial(attention.refit_attention, block, "self_attn.o_proj.weight", stored)
+        assert find(original, compressed) is not None
+        assert find(other, compressed) is None
+        assert find(original, original) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "opt", "gemma2", "bert"])
+def test_o_changes_behind_the_first_fc_where_it_is_added_to_the_stream(zoo, text, tmp_path, family):
+    source = with_tokenizer(zoo(family), tmp_path / "model")
+    run(source, text, tmp_path / "out", {"refit": True})
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+    o = {part.layer: part.tensor for part in match_checkpoint(open_folder(source)).placements if part.role == "o"}
+    changed = {layer for layer in o if not torch.equal(before[o[layer]], after[o[layer]])}
+    assert 0 not in changed
+    assert (2 in changed) == (family not in ("gemma2", "bert"))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"kv_heads": 1},
+        {"method": "mixed", "width": None, "write": "factored", "parts": [{"method": "narrow", "width": 32}]},
+    ],
+)
+def test_o_stays_where_it_is_cut_itself_or_not_of_the_recipe(model, text, tmp_path, monkeypatch, recipe):
+    monkeypatch.setattr("trawl.refitting.running.refit_attention", None)
+    run(model, text, tmp_path / "out", {"refit": True} | recipe)
+
+
+def test_with_o_the_model_stays_nearer(model, text, tmp_path, monkeypatch):
+    run(model, text, tmp_path / "with", {"refit": True})
+    monkeypatch.setattr("trawl.refitting.running.refit_attention", lambda *_: None)
+    run(model, text, tmp_path / "without", {"refit": True})
+    assert damage(tmp_path / "with", model, text) < 0.99 * damage(tmp_path / "without", model, text)
 
 
 def test_other_stacks_of_the_plan_are_part_of_what_feeds_an_fc(model, text, tmp_path):

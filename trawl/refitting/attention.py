@@ -41,7 +41,7 @@ def refit_attention(
     for number, (before, now) in enumerate(zip(original, compressed, strict=True)):
         exact, given = (_read(block, batch, name) for batch in (before, now))
         wanted = before.hidden.flatten(0, -2) + exact @ low  # but for biases, which both have
-        missing = wanted - now.hidden.flatten(0, -2) - given @ low
+        missing = (before.hidden - now.hidden).flatten(0, -2) + (exact - given) @ low
         parts[number in chosen].add(given, REPAIRED * missing, importance(wanted))
     judged = parts[True].sums()
     fitted = parts[False].sums() if len(chosen) < len(compressed) else judged
