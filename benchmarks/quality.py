@@ -19,7 +19,7 @@ times decoding at batch 1 and prefill of 512 tokens, in turns with the dense mod
 checkpoint that each row would be, as trawl stores it. `--raw FILE` keeps every figure as JSON, after each row: the
 same command goes on where it was interrupted, and more rows or shares may be asked for. `--work` keeps moments,
 damages and trawl's outputs; minutes are those of the run that finished a row, so that with an empty `--work` they
-hold all but the calibration.
+hold all but the calibration; with `--sampled` that too, on all texts.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Bench:
         """Return what `trawl compress --keep` writes; an interrupted run of this commit is gone on with."""
         options = self.options
         dirty = options.commit.endswith("-dirty")
-        kind = f"{'plain' if plain else 'any'}{options.suffix.replace(' ', '-')}"
+        kind = f"{'plain' if plain else 'any'}{options.suffix.replace(' ', '')}"
         out: Path = options.work / f"{options.commit}-{keep}-{kind}"
         asked = {} if options.refit is None else {"refit": options.refit}
         trawl.compress(
@@ -179,7 +179,7 @@ class Bench:
             trawl.Recipe(keep=keep, plain=plain, **asked),
             out,
             calibrate=[*options.calibrate, *options.sampled],
-            moments=options.work / "sampled" if options.sampled else options.work,
+            moments=options.work / "-".join(text.stem for text in options.sampled),
             device=str(self.device),
             resume=not dirty,
             overwrite=dirty,
@@ -324,7 +324,8 @@ def main() -> None:
     device = options.device = pick_device(options.device)
     options.commit = commit()  # what was loaded, whatever is committed while this runs
     refit = {None: "", True: " --refit", False: " --no-refit"}[options.refit]
-    options.suffix = refit + (" with its own text" if options.sampled else "")  # of the names of trawl's rows
+    also = "".join(f" + {text.name}" for text in options.sampled)
+    options.suffix = refit + also  # of the names of trawl's rows
     earlier(options)
     checkpoint = open_checkpoint(str(options.model))
     match = match_checkpoint(checkpoint)

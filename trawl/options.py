@@ -50,9 +50,10 @@ def check_anchored(recipe: Recipe, calibrate: Any, moments: Any, factors: Any = 
 def check_refit(recipe: Recipe, calibrate: Any) -> None:
     """Raise PlanError for a refit without a text.
 
-    A found recipe that narrows nothing has nothing to refit, and a plain budget refits only where there is a text.
+    A found recipe that narrows nothing has nothing to refit, and a plain budget refits by itself only with a text.
     """
-    asked = not recipe.plain if recipe.budget else any(part.method == "narrow" for part in recipe.members())
+    narrows = any(part.method == "narrow" for part in recipe.members())
+    asked = "refit" in recipe.model_fields_set if recipe.budget else narrows
     if recipe.refit and asked and not calibrate:
         raise PlanError(
             "a refit needs what the model computes on a text, of which moments alone do not tell enough; pass "

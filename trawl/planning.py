@@ -39,6 +39,7 @@ class PlannedStack:
         flops: floating-point operations of its decomposition, an estimate.
         memory: bytes of its decomposition's working set, an estimate.
         method: with its hyper-parameters; None where units are left out in place of a decomposition.
+        o: what a refit may change in front of a narrower FC, and keeps in the same file.
     """
 
     stack: Stack
@@ -47,12 +48,13 @@ class PlannedStack:
     flops: int
     memory: int
     method: Method | None = None
+    o: Placement | None = None
 
     @property
     def file_entries(self) -> int:
-        """Entries of its file while a run works: whole factors, or the units that stay."""
+        """Entries of its file while a run works: whole factors, or the units that stay and what is refitted."""
         if self.method is None:
-            return self.parameters_after
+            return self.parameters_after + (math.prod(self.o.shape) if self.o else 0)
         (size, inner, hidden), (mixed, r1, r2) = self.stack.shape, self.rank
         return inner * r1 + hidden * r2 + mixed * r1 * r2 + size * mixed
 
@@ -107,8 +109,8 @@ class Plan:
 
     @property
     def changed_tensors(self) -> tuple[str, ...]:
-        """Stored tensors that will be written anew."""
-        refitted = [cut.attention.tensor for cut in self.narrowed.cuts if cut.attention] if self.narrowed else []
+        """Stored tensors that will be written anew, or may be: an o that a refit finds nothing better for stays."""
+        refitted = [planned.o.tensor for planned in self.stacks if planned.o]
         return tuple(dict.fromkeys([name for planned in self.stacks for name in planned.stack.tensors] + refitted))
 
     @property
@@ -287,20 +289,23 @@ def _mixed_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> P
 def _narrow_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> Plan:
     """Work out what leaving out units means for a checkpoint."""
     layers = recipe.selected_layers(match.layers)
-    if recipe.roles != "all":
+    if recipe.roles not in ("all", "fc") or (recipe.roles == "fc" and recipe.kv_heads):
         raise PlanError(
             f"roles are {recipe.roles!r}, and method narrow cuts whole FCs (--width) and whole attentions "
-            "(--kv-heads); leave --roles out"
+            "(--kv-heads); leave --roles out, or give fc with a width, which keeps a refit from changing o"
         )
     plain = recipe.write == "dense"
-    width, kv_heads, refit = recipe.width, recipe.kv_heads, recipe.refit
-    narrowed = narrow(checkpoint, match, layers, width=width, kv_heads=kv_heads, plain=plain, refit=refit)
+    width, kv_heads = recipe.width, recipe.kv_heads
+    refit_o = recipe.refit and recipe.roles == "all" and kv_heads is None
+    narrowed = narrow(checkpoint, match, layers, width=width, kv_heads=kv_heads, plain=plain, refit_o=refit_o)
     descriptor = Descriptor((), narrowed.narrow) if narrowed.narrow else None
     return Plan(checkpoint, match, recipe, _planned_cuts(narrowed), (), descriptor, narrowed=narrowed)
 
 
 def _planned_cuts(narrowed: Narrowed) -> tuple[PlannedStack, ...]:
-    return tuple(PlannedStack(cut.stack, cut.rank, cut.parameters, cut.flops, cut.working_set) for cut in narrowed.cuts)
+    return tuple(
+        PlannedStack(cut.stack, cut.rank, cut.parameters, cut.flops, cut.working_set, o=cut.o) for cut in narrowed.cuts
+    )
 
 
 def _stacks(chosen: list[Placement], recipe: Recipe) -> list[Stack]:

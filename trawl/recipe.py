@@ -58,9 +58,9 @@ class Recipe(BaseModel):
         anchored: whether a calibrated run goes block by block, each stack fitted to what the original model computes
             from the inputs that the compressed model gives it; stacks lie within one layer then.
         refit: whether what writes the units that ``narrow`` keeps of an FC takes over what was left out there, and half
-            of what was lost before, on the calibration text; ``o`` in front of it too where all of the recipe is
-            ``narrow``. Without it they stay as they are, and only what reads them is refitted. A plain budget with a
-            text does it.
+            of what was lost before, on the calibration text. With method ``narrow``, roles ``all`` and no ``kv_heads``
+            so does ``o`` in front of it. Without a refit they stay as they are, and only what reads them is fitted
+            anew. A plain budget with a text does it.
         output_weighting: how a calibrated run weighs what a matrix gives, beside what it reads: not at all, or by the
             loss's gradients, row by row (``"fisher"``) or by their second moment (``"kronecker"``).
         write: ``"dense"`` (same tensors and shapes) or ``"factored"`` (factors in place of matrices).
@@ -118,7 +118,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_budget(cls, values: Any) -> Any:
-        """Make a budget a mixed recipe, weighed by gradients: factored, or plain and refitted."""
+        """Make a budget a mixed recipe, weighed by gradients: factored, or plain."""
         if not isinstance(values, dict) or values.get("keep", values.get("size")) is None:
             return values
         if values.get("method", "mixed") != "mixed":
@@ -131,9 +131,15 @@ class Recipe(BaseModel):
             "write": "dense" if values.get("plain") else "factored",
             "output_weighting": "kronecker",
             "compute": "bf16",
-            "refit": bool(values.get("plain")),
             **values,
         }
+
+    @model_validator(mode="after")
+    def _refit_of_plain(self) -> Recipe:
+        """Let a plain budget refit unless told otherwise; ``model_fields_set`` still says whether it was told."""
+        if self.budget and self.plain and "refit" not in self.model_fields_set:
+            self.__dict__["refit"] = True
+        return self
 
     @model_validator(mode="before")
     @classmethod

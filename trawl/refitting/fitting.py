@@ -17,8 +17,9 @@ from trawl.narrowing import Cut, Narrowing
 from trawl.narrowing.cuts import bias_of, positions
 from trawl.narrowing.selection import eliminate, make_problem, root_of, weigh_outputs
 from trawl.refitting.inner import InnerFunction
+from trawl.refitting.judging import REPAIRED, RIDGES, judging
 from trawl.refitting.solving import Linearised, Tokens
-from trawl.refitting.sums import REPAIRED, RIDGES, Summing, Sums, judging
+from trawl.refitting.sums import Summing, TokenSums
 
 SAMPLE = 64  # tokens on which units are shown to stand alone
 
@@ -38,7 +39,7 @@ class Weights:
     """
 
     rows: Mapping[Placement, Tensor]
-    sums: Sums
+    sums: TokenSums
     reader: Tensor
     shift: Tensor
     towards: Tensor
@@ -159,17 +160,17 @@ class Refit:
             tried.append(Weights(rows, sums, solved, shift, reader, ridge, error))
         return min(tried, key=lambda weights: weights.error)
 
-    def _solved(self, sums: Sums, reader: Tensor, ridge: float) -> Tensor:
+    def _solved(self, sums: TokenSums, reader: Tensor, ridge: float) -> Tensor:
         """Return the reader that gives the outputs best."""
         problem = sums.problem(reader, ridge, centred=self._bias(self.inner.reader) is not None)
         return problem.solve(torch.arange(len(reader), device=reader.device))
 
-    def _shift(self, sums: Sums, reader: Tensor) -> Tensor:
+    def _shift(self, sums: TokenSums, reader: Tensor) -> Tensor:
         """Return what the reader's bias grows by."""
         shift = (sums.outputs - reader.T @ sums.inputs) / sums.count
         return torch.zeros_like(shift) if self._bias(self.inner.reader) is None else shift
 
-    def _sums(self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor) -> Sums:
+    def _sums(self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor) -> TokenSums:
         """Return the sums of the units that some rows give."""
         summing = Summing(len(kept), tokens.y.shape[1], tokens.x.device)
         for at, pre in self._pre(rows, tokens, kept):
@@ -229,22 +230,18 @@ class Refit:
         return bias if part is self.inner.reader else bias[positions(part.view, self.inner.shapes[part])]
 
     def _rounded(self, matrix: Tensor, part: Placement) -> Tensor:
-        """Return the values that the stored dtype of a slice's tensor has for these."""
-        return rounded(matrix, part.tensor, self.checkpoint, self.inner.block.number).double()
+        """Return the values that the stored dtype of a slice's tensor has for these.
 
-
-def rounded(matrix: Tensor, name: str, checkpoint: Checkpoint, layer: int) -> Tensor:
-    """Return a fitted matrix in the stored dtype of its tensor.
-
-    Raises: CheckpointError: some values are too large for it.
-    """
-    found = matrix.to(dtype := checkpoint.read(name).dtype)
-    if not torch.isfinite(found).all():
-        raise CheckpointError(
-            f"layer {layer}: the refitted {name} does not fit its stored dtype {dtype}; keep more units, or pass "
-            "--no-refit"
-        )
-    return found
+        Raises: CheckpointError: some are too large for it.
+        """
+        dtype = self.checkpoint.read(part.tensor).dtype
+        rounded = matrix.to(dtype)
+        if not torch.isfinite(rounded).all():
+            raise CheckpointError(
+                f"layer {self.inner.block.number}: the refitted {part.tensor} does not fit its stored dtype {dtype}; "
+                "keep more units, or pass --no-refit"
+            )
+        return rounded.double()
 
 
 def _joined(parts: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tokens:

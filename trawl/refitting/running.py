@@ -18,12 +18,13 @@ from trawl.factors import Factors
 from trawl.families import Placement
 from trawl.models import fast_products
 from trawl.narrowing import Cut, Narrowing, padded_tensors
+from trawl.narrowing.cuts import bias_of
 from trawl.observers import Observer, silent
 from trawl.planning import Plan
 from trawl.processor import multiplies_bfloat16
-from trawl.refitting.attention import refit_attention
-from trawl.refitting.fitting import Refit, rounded
+from trawl.refitting.fitting import Refit
 from trawl.refitting.inner import InnerFunction
+from trawl.refitting.outputs import refit_o
 from trawl.writing import fill, slice_of
 
 
@@ -47,9 +48,9 @@ def seal_refitted(
     Returns: seconds by stack, without the passes of the model.
     Raises: PlanError: an FC's units depend on one another, or the model cannot be run block by block.
         CheckpointError: NaN or Inf comes up, or what was fitted does not fit the stored dtype.
-    Cost: three forward passes, and some forty-five products of all tokens with a matrix of each FC's size. Memory: the
-        hidden states of all windows four times, and of one FC inputs and outputs, twice for a moment, and the slopes of
-        its writers in bfloat16.
+    Cost: three forward passes and two of attention, and some forty-five products of all tokens with a matrix of each
+        FC's size. Memory: the hidden states of all windows four times, and of one FC inputs and outputs, twice for a
+        moment, and the slopes of its writers in bfloat16.
     """
     cuts = {cut.stack.layers[0]: cut for cut in planned.refitted}
     unfinished = {number for number, cut in cuts.items() if not paths[cut.stack.name].exists()}
@@ -57,9 +58,8 @@ def seal_refitted(
         return {}
     chain, windows = calibration.chain, calibration.windows
     items = {item.stack.name: item for item in planned.stacks}
-    first, batch = cuts[min(unfinished)], chain.enter([windows[:1]])[0]
-    adds = _adds(planned, chain, first.reader, batch)
-    attention = adds and first.attention is not None and _adds(planned, chain, first.attention, batch, first.reader)
+    batch = chain.enter([windows[:1]])[0]
+    adds = _adds(planned, chain, cuts[min(cuts)].reader, batch)
     seconds: dict[str, float] = {}
     total = max(unfinished) + 1
     with fast_products() if calibration.compute == "bf16" else nullcontext():
@@ -70,15 +70,14 @@ def seal_refitted(
             left = _run(chain, number, {}, original)
             if number in unfinished:
                 cut, changed, o = cuts[number], _changed(planned, number, paths) if adds else {}, None
-                if attention and compressed is not original:
-                    o = _attention(planned, chain, cut, original, compressed)
-                if o is not None and cut.attention:
-                    changed |= _with_slice(planned, cut.attention, o)
+                if adds and compressed is not original and cut.o and _adds(planned, chain, cut.o, batch, cut.reader):
+                    o = _refitted_o(planned, chain, cut.o, original, compressed)
+                    changed |= {} if o is None else _stored(planned, cut.o, o)
                 with chain.loaded(number, changed) as block:
                     fc = _open(planned, chain, block, cut, calibration.compute)
                     fc.read(compressed if adds else original, left if adds else None)
                     began, name = time.perf_counter(), cut.stack.name
-                    replace(fc.solve(), attention=o).save(paths[name], {"stack": items[name].to_json()})
+                    replace(fc.solve(), o=o).save(paths[name], {"stack": items[name].to_json()})
                     seconds[name] = time.perf_counter() - began
             changed = _changed(planned, number, paths)
             if not adds or (compressed is original and not changed):
@@ -96,29 +95,29 @@ def _adds(planned: Plan, chain: BlockChain, part: Placement, batch: Batch, behin
     What reads the stream ``behind`` it is silenced.
     """
     stored = part.view.apply(planned.checkpoint.read(part.tensor))
-    without = _with_slice(planned, part, torch.zeros_like(stored))
+    without = _stored(planned, part, torch.zeros_like(stored))
+    quiet = _stored(planned, behind, stored.new_zeros(behind.shape)) if behind else None
     name = chain.weights_of(part.layer)[part.tensor][0]
-    silent = _with_slice(planned, behind, stored.new_zeros(behind.shape)) if behind else None
-    return chain.adds(part.layer, batch, (name, stored), without, silent)
+    return chain.adds(part.layer, batch, (name, stored), without, quiet)
 
 
-def _with_slice(planned: Plan, part: Placement, values: Tensor) -> dict[str, Tensor]:
-    """Return a stored tensor in which one slice is another, by its name."""
+def _refitted_o(
+    planned: Plan, chain: BlockChain, part: Placement, original: Sequence[Batch], compressed: Sequence[Batch]
+) -> Tensor | None:
+    """Return an o where it changes, canonical, in the stored dtype."""
+    checkpoint = planned.checkpoint
+    stored, bias = part.view.apply(checkpoint.read(part.tensor)), bias_of(checkpoint, part.tensor)
+    with chain.loaded(part.layer) as block:
+        name = chain.weights_of(part.layer)[part.tensor][0]
+        read = checkpoint.read(bias) if bias else None
+        return refit_o(block, name, stored, original, compressed, bias=read)
+
+
+def _stored(planned: Plan, part: Placement, values: Tensor) -> dict[str, Tensor]:
+    """Return a stored tensor, by its name, in which one slice is another."""
     stored = planned.checkpoint.read(part.tensor).clone()
     part.view.scatter(values, stored)
     return {part.tensor: stored}
-
-
-def _attention(
-    planned: Plan, chain: BlockChain, cut: Cut, original: Sequence[Batch], compressed: Sequence[Batch]
-) -> Tensor | None:
-    """Return the o in front of an FC where it changes, canonical, in the stored dtype, on the CPU."""
-    part, number = cut.attention, cut.stack.layers[0]
-    assert part is not None
-    stored = part.view.apply(planned.checkpoint.read(part.tensor))
-    with chain.loaded(number) as block:
-        found = refit_attention(block, chain.weights_of(number)[part.tensor][0], stored, original, compressed)
-    return None if found is None else rounded(found, part.tensor, planned.checkpoint, number).cpu()
 
 
 def _run(chain: BlockChain, number: int, changed: Mapping[str, Tensor], batches: Sequence[Batch]) -> list[Batch]:

@@ -8,15 +8,11 @@ import torch
 from torch import Tensor
 
 from trawl.calibration.gathering import MomentSum
-from trawl.narrowing.selection import RIDGE, Problem, make_problem
-
-JUDGED = 16  # one batch in so many is not fitted to, but says whether what was fitted is better
-RIDGES = (RIDGE, 0.1, 0.3, 1.0)  # of what is fitted, of which the tokens that judge choose
-REPAIRED = 0.5  # share of what the stream misses that a matrix is to give on top: more of it follows noise
+from trawl.narrowing.selection import Problem, make_problem
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
+class TokenSums:
     """Over some tokens by their weights: Σ a aᵀ, Σ a yᵀ, Σ a, Σ y, Σ ‖y‖², Σ 1 of inputs a and outputs y, float64."""
 
     second: Tensor
@@ -26,8 +22,8 @@ class Sums:
     energy: float
     count: float
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+    def __add__(self, other: TokenSums) -> TokenSums:
+        return TokenSums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
     def problem(self, matrix: Tensor, ridge: float, *, centred: bool) -> Problem:
         """Return the least-squares problem of the matrix, whose ridge draws to another one."""
@@ -39,11 +35,6 @@ class Sums:
         return make_problem(matrix, second, cross, energy, inputs, ridge=ridge)
 
 
-def judging(batches: int) -> set[int]:
-    """Return the numbers of the batches that judge: of one alone, that one."""
-    return set(range(JUDGED - 1, batches, JUDGED)) or {batches - 1}
-
-
 class Summing:
     """Adds up batches of tokens."""
 
@@ -52,21 +43,21 @@ class Summing:
         self._second = MomentSum.of_width(width, device)
         self._cross = torch.zeros(width, hidden, dtype=torch.float64, device=device)
         self._inputs, self._outputs = self._cross.new_zeros(width), self._cross.new_zeros(hidden)
-        self._energy = self._count = 0.0
+        self._energy, self._count = self._cross.new_zeros(()), self._cross.new_zeros(())
 
     def add(self, inputs: Tensor, outputs: Tensor, weight: Tensor) -> None:
-        """Add tokens; weight is (tokens, 1). Products are float32: sums of less would be too rough to invert."""
+        """Add tokens; weight is (tokens, 1). Values are float32: sums of rounded ones would be too rough to invert."""
         root = weight.sqrt()
         some, wanted = inputs.float() * root, outputs.float() * root
         self._second.add(some)
         self._cross += (some.T @ wanted).double()
         self._inputs += (some * root).double().sum(0)
         self._outputs += (wanted * root).double().sum(0)
-        self._energy += float(wanted.square().double().sum())
-        self._count += float(weight.double().sum())
+        self._energy += wanted.square().double().sum()
+        self._count += weight.double().sum()
 
-    def sums(self) -> Sums:
-        """Return what was added up, and free it."""
+    def sums(self) -> TokenSums:
+        """Return what was added up; nothing can be added any more."""
         tokens = self._second.tokens
         second = self._second.matrix(torch.float64, self._cross.device) * tokens
-        return Sums(second, self._cross, self._inputs, self._outputs, self._energy, self._count)
+        return TokenSums(second, self._cross, self._inputs, self._outputs, float(self._energy), float(self._count))
