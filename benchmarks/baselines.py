@@ -15,7 +15,8 @@ from trawl.calibration.weights import stack_weights
 from trawl.checkpoint import BITS, Checkpoint
 from trawl.decompose.weights import Weights
 from trawl.interpolation import stored_entries, stored_shapes
-from trawl.planning import Plan, make_plan, match_checkpoint
+from trawl.planned import Plan
+from trawl.planning import make_plan, match_checkpoint
 from trawl.stacking import Stack
 
 Weigh = Callable[[Stack], Weights | None]

@@ -36,7 +36,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import trawl
-from trawl.planning import Plan
+from trawl.planned import Plan
 
 PREFILL, DECODE = 512, 48
 

@@ -36,7 +36,7 @@ from trawl.decompose import SVD
 from trawl.decompose.source import TensorSlices
 from trawl.families import Placement
 from trawl.hub import open_checkpoint
-from trawl.planning import Plan
+from trawl.planned import Plan
 from trawl.stacking import Stack
 
 CONTEXT = 1024

@@ -56,7 +56,8 @@ from trawl.factors import Factors
 from trawl.hub import open_checkpoint
 from trawl.narrowing import narrow_stack, padded_tensors
 from trawl.options import pick_device
-from trawl.planning import Plan, make_plan, match_checkpoint
+from trawl.planned import Plan
+from trawl.planning import make_plan, match_checkpoint
 from trawl.stacking import Stack, StoredSlices
 from trawl.writing import DenseWriter, SquaredErrors
 

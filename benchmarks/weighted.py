@@ -35,7 +35,8 @@ from trawl.decompose import Method
 from trawl.decompose.weighing import measured
 from trawl.factors import Factors
 from trawl.hub import open_checkpoint
-from trawl.planning import PlannedStack, match_checkpoint
+from trawl.planned import PlannedStack
+from trawl.planning import match_checkpoint
 from trawl.stacking import StoredSlices
 from trawl.sweeps.editing import WeightEditor
 from trawl.tokens import encode_plain, prefix_tokens

@@ -17,7 +17,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from trawl.planning import Plan
+    from trawl.planned import Plan
     from trawl.recipe import Recipe
 
 
@@ -110,7 +110,7 @@ def plan_budget(
 
 def print_plan(planned: Plan) -> None:
     """Print the plan as a table with totals."""
-    from trawl.planning import product_seconds
+    from trawl.planned import product_seconds
     from trawl.stacking import format_layers
 
     from .console import human_bytes, print_table, times

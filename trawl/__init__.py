@@ -8,7 +8,7 @@ from trawl.densifying import densify
 from trawl.errors import TrawlError
 from trawl.factors import Factors
 from trawl.pipeline import compress, find_recipe, plan
-from trawl.planning import Plan
+from trawl.planned import Plan
 from trawl.recipe import Recipe
 from trawl.records import Report
 from trawl.registration import register_when_needed

@@ -19,7 +19,8 @@ from trawl.factor_library import versions
 from trawl.hub import open_checkpoint
 from trawl.narrowing import narrow_stack
 from trawl.observers import Observer, silent, slice_counter
-from trawl.planning import Plan, PlannedStack, make_plan
+from trawl.planned import Plan, PlannedStack
+from trawl.planning import make_plan
 from trawl.recipe import Recipe
 from trawl.stacking import StoredSlices
 

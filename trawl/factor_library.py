@@ -19,7 +19,7 @@ from trawl.decompose import Method, Rank, nested_chain
 from trawl.errors import LoadError, PlanError
 from trawl.factors import Factors
 from trawl.observers import Observer, silent, slice_counter
-from trawl.planning import Plan, PlannedStack
+from trawl.planned import Plan, PlannedStack
 from trawl.shards import sealed, tensor_bytes
 from trawl.stacking import StoredSlices, scan
 

@@ -11,7 +11,7 @@ from trawl.calibration import Calibration, Moments
 from trawl.checkpoint import Checkpoint
 from trawl.errors import PlanError
 from trawl.factor_library import FactorLibrary
-from trawl.planning import Plan
+from trawl.planned import Plan
 from trawl.recipe import Recipe
 
 

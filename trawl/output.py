@@ -12,7 +12,7 @@ from trawl.descriptor import Descriptor
 from trawl.factors import Factors
 from trawl.narrowing import NarrowedTensors, Narrowing
 from trawl.observers import Observer
-from trawl.planning import Plan, PlannedStack
+from trawl.planned import Plan, PlannedStack
 from trawl.records import write_index, write_json
 from trawl.shards import copy_file, sealed
 from trawl.stacking import Stack

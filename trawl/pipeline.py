@@ -34,7 +34,8 @@ from trawl.narrowing import Narrowed
 from trawl.observers import Observer, silent
 from trawl.options import budget_out, check_anchored, check_refit, check_together, default_out, pick_device
 from trawl.output import copy_side_files, factor_path, load_result, write_config, write_shards
-from trawl.planning import Plan, make_plan
+from trawl.planned import Plan
+from trawl.planning import make_plan
 from trawl.processor import multiplies_bfloat16
 from trawl.recipe import Recipe
 from trawl.records import Report, read_report, report_stack, write_json, write_records

@@ -19,7 +19,7 @@ from trawl.errors import CheckpointError, PlanError
 from trawl.factors import Factors
 from trawl.layout import ShardLayout, index_file
 from trawl.narrowing import Narrowing
-from trawl.planning import Plan, PlannedStack
+from trawl.planned import Plan, PlannedStack
 from trawl.recipe import Recipe
 from trawl.redaction import command_line, redacted
 from trawl.shards import sealed

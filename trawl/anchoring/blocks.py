@@ -21,7 +21,7 @@ from trawl.factors import Factors
 from trawl.families import Placement
 from trawl.narrowing import Cut, Narrowing, narrow_stack
 from trawl.narrowing.cuts import bias_of
-from trawl.planning import Plan, PlannedStack
+from trawl.planned import Plan, PlannedStack
 from trawl.stacking import READ_INNER, StoredSlices
 from trawl.writing import fill, slice_of
 

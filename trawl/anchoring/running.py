@@ -12,7 +12,7 @@ from trawl.anchoring.blocks import AnchoredBlock
 from trawl.calibration import Calibration
 from trawl.calibration.gathering import BATCH_TOKENS
 from trawl.observers import Observer, silent
-from trawl.planning import Plan, PlannedStack
+from trawl.planned import Plan, PlannedStack
 
 
 def seal_anchored(

@@ -16,7 +16,8 @@ from trawl.factors import Factors
 from trawl.hf.quantizer import TrawlConfig, TrawlQuantizer
 from trawl.hf.replacement import install, lay_out
 from trawl.observers import Observer, silent, slice_counter
-from trawl.planning import Plan, make_plan
+from trawl.planned import Plan
+from trawl.planning import make_plan
 from trawl.recipe import Recipe
 from trawl.records import StackReport, report_stack
 from trawl.stacking import StoredSlices, scan

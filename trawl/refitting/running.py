@@ -20,7 +20,7 @@ from trawl.models import fast_products
 from trawl.narrowing import Cut, Narrowing, padded_tensors
 from trawl.narrowing.cuts import bias_of
 from trawl.observers import Observer, silent
-from trawl.planning import Plan
+from trawl.planned import Plan
 from trawl.processor import multiplies_bfloat16
 from trawl.refitting.fitting import Refit
 from trawl.refitting.inner import InnerFunction

@@ -19,7 +19,8 @@ from trawl.errors import PlanError, TrawlError
 from trawl.factors import Factors
 from trawl.families import FamilyMatch
 from trawl.hf.apply import in_memory
-from trawl.planning import Plan, PlannedStack, make_plan, match_checkpoint
+from trawl.planned import Plan, PlannedStack
+from trawl.planning import make_plan, match_checkpoint
 from trawl.recipe import Recipe
 from trawl.shards import tensor_bytes
 from trawl.stacking import Stack, scan

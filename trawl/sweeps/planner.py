@@ -9,7 +9,8 @@ from pathlib import Path
 from trawl.errors import PlanError, RankError
 from trawl.factor_library import FactorLibrary
 from trawl.hub import open_checkpoint
-from trawl.planning import Plan, make_plan, match_checkpoint
+from trawl.planned import Plan
+from trawl.planning import make_plan, match_checkpoint
 from trawl.recipe import Recipe
 from trawl.sweeps.setup import Setup
 from trawl.sweeps.space import Intervention, Rank, rank_text

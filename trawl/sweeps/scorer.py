@@ -17,7 +17,7 @@ from trawl.evaluation.subject import Subject, open_subject
 from trawl.factor_library import FactorLibrary
 from trawl.models import find_layers
 from trawl.observers import Observer, silent
-from trawl.planning import Plan, PlannedStack
+from trawl.planned import Plan, PlannedStack
 from trawl.sweeps.editing import WeightEditor
 from trawl.sweeps.planner import Planner
 from trawl.sweeps.prefix import PrefixCache
