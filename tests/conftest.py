@@ -18,6 +18,11 @@ settings.load_profile("reproducible")
 Zoo = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests: a process that comes to one last works on while the others have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Give each test the same draws from torch's global generator, whatever ran before it."""

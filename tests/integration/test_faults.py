@@ -58,6 +58,7 @@ def second(source, undisturbed):
     return check
 
 
+@pytest.mark.slow
 def test_killed_at_file_operations(source, tmp_path, second):
     out = tmp_path / "out"
     for at in itertools.count(0, STEP):

@@ -26,6 +26,8 @@ from trawl.sweeps.space import Intervention, Space
 
 ray = pytest.importorskip("ray", reason="the extra trawl-llm[ray] is not installed")
 
+pytestmark = pytest.mark.slow
+
 RANKS = (2, 3)
 RECIPE = trawl.Recipe(rank=3, group_layers=1, n_iter_max=100, tol=0)  # long enough to be killed in its middle
 

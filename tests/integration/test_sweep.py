@@ -298,6 +298,7 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(undisturbed, model, tasks, t
     assert [result.best[name] for name in names] == [undisturbed.best[name] for name in names]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(undisturbed, model, tasks, tmp_path):
     out = tmp_path / "study"
     processes = [start(model, tasks["small"], out, MANY, together=2) for _ in range(2)]
