@@ -54,8 +54,7 @@ RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--refit/--no-refit",
         default=None,
-        help="Let what writes the units that narrow keeps, and o, take over what was lost, on --calibrate's text.  "
-        "[with --plain: yes]",
+        help="Let the units that narrow keeps take over what was left out, on --calibrate's text.  [with --plain: yes]",
     ),
     click.option(
         "--output-weighting",

@@ -152,10 +152,9 @@ def _refit_note(narrowed: Narrowed, text: Calibration) -> str:
     kept = [cut.reader.shape[0] * cut.keep // cut.units for cut in narrowed.cuts]
     slopes = max((len(cut.stack.slices) - 1) * units for cut, units in zip(narrowed.cuts, kept, strict=True))
     hidden, tokens = narrowed.cuts[0].reader.shape[1], text.most_tokens
-    o = ", and o in front of them," if any(cut.o for cut in narrowed.cuts) else ""
     needed = tokens * (2 * slopes + itemsize * 4 * hidden + 4 * 4 * hidden) + 8 * 6 * max(kept) ** 2
     return (
-        f"block by block, both models run on up to {tokens:,} tokens of {text.text.name}, and FCs{o} are refitted to "
+        f"block by block, both models run on up to {tokens:,} tokens of {text.text.name}, and FCs are refitted to "
         f"what the original computes: about {needed / 1e9:.1f} GB of memory"
     )
 

@@ -14,7 +14,7 @@ from trawl.calibration import Calibration, Moments
 from trawl.checkpoint import Checkpoint
 from trawl.decompose import Method
 from trawl.descriptor import Descriptor
-from trawl.families import FC, FamilyMatch, Placement
+from trawl.families import FC, FamilyMatch
 from trawl.layout import ShardLayout, make_layout
 from trawl.narrowing import Cut, Narrowed
 from trawl.recipe import Recipe
@@ -35,7 +35,6 @@ class PlannedStack:
         flops: floating-point operations of its decomposition, an estimate.
         memory: bytes of its decomposition's working set, an estimate.
         method: with its hyper-parameters; None where units are left out in place of a decomposition.
-        o: what a refit may change in front of a narrower FC, and keeps in the same file.
     """
 
     stack: Stack
@@ -44,13 +43,12 @@ class PlannedStack:
     flops: int
     memory: int
     method: Method | None = None
-    o: Placement | None = None
 
     @property
     def file_entries(self) -> int:
-        """Entries of its file while a run works: whole factors, or the units that stay and what is refitted."""
+        """Entries of its file while a run works: whole factors, or the units that stay."""
         if self.method is None:
-            return self.parameters_after + (math.prod(self.o.shape) if self.o else 0)
+            return self.parameters_after
         (size, inner, hidden), (mixed, r1, r2) = self.stack.shape, self.rank
         return inner * r1 + hidden * r2 + mixed * r1 * r2 + size * mixed
 
@@ -105,9 +103,8 @@ class Plan:
 
     @property
     def changed_tensors(self) -> tuple[str, ...]:
-        """Stored tensors that will be written anew, or may be: an o that a refit finds nothing better for stays."""
-        refitted = [planned.o.tensor for planned in self.stacks if planned.o]
-        return tuple(dict.fromkeys([name for planned in self.stacks for name in planned.stack.tensors] + refitted))
+        """Stored tensors that will be written anew."""
+        return tuple(dict.fromkeys(name for planned in self.stacks for name in planned.stack.tensors))
 
     @property
     def output_bytes(self) -> int:

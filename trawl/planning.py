@@ -127,23 +127,19 @@ def _mixed_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> P
 def _narrow_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> Plan:
     """Work out what leaving out units means for a checkpoint."""
     layers = recipe.selected_layers(match.layers)
-    if recipe.roles not in ("all", "fc") or (recipe.roles == "fc" and recipe.kv_heads):
+    if recipe.roles != "all":
         raise PlanError(
             f"roles are {recipe.roles!r}, and method narrow cuts whole FCs (--width) and whole attentions "
-            "(--kv-heads); leave --roles out, or give fc with a width, which keeps a refit from changing o"
+            "(--kv-heads); leave --roles out"
         )
     plain = recipe.write == "dense"
-    width, kv_heads = recipe.width, recipe.kv_heads
-    refit_o = recipe.refit and recipe.roles == "all" and kv_heads is None
-    narrowed = narrow(checkpoint, match, layers, width=width, kv_heads=kv_heads, plain=plain, refit_o=refit_o)
+    narrowed = narrow(checkpoint, match, layers, width=recipe.width, kv_heads=recipe.kv_heads, plain=plain)
     descriptor = Descriptor((), narrowed.narrow) if narrowed.narrow else None
     return Plan(checkpoint, match, recipe, _planned_cuts(narrowed), (), descriptor, narrowed=narrowed)
 
 
 def _planned_cuts(narrowed: Narrowed) -> tuple[PlannedStack, ...]:
-    return tuple(
-        PlannedStack(cut.stack, cut.rank, cut.parameters, cut.flops, cut.working_set, o=cut.o) for cut in narrowed.cuts
-    )
+    return tuple(PlannedStack(cut.stack, cut.rank, cut.parameters, cut.flops, cut.working_set) for cut in narrowed.cuts)
 
 
 def _stacks(chosen: list[Placement], recipe: Recipe) -> list[Stack]:

@@ -58,9 +58,8 @@ class Recipe(BaseModel):
         anchored: whether a calibrated run goes block by block, each stack fitted to what the original model computes
             from the inputs that the compressed model gives it; stacks lie within one layer then.
         refit: whether what writes the units that ``narrow`` keeps of an FC takes over what was left out there, and half
-            of what was lost before, on the calibration text. With method ``narrow``, roles ``all`` and no ``kv_heads``
-            so does ``o`` in front of it. Without a refit they stay as they are, and only what reads them is fitted
-            anew. A plain budget with a text does it.
+            of what was lost before, on the calibration text; without it they stay as they are, and only what reads
+            them is refitted. A plain budget with a text does it.
         output_weighting: how a calibrated run weighs what a matrix gives, beside what it reads: not at all, or by the
             loss's gradients, row by row (``"fisher"``) or by their second moment (``"kronecker"``).
         write: ``"dense"`` (same tensors and shapes) or ``"factored"`` (factors in place of matrices).

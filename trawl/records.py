@@ -59,7 +59,6 @@ class StackReport:
         converged: whether the change of fit fell under the tolerance before the cap on sweeps.
         seconds: time of its decomposition; 0 when a sealed factor file was reused.
         weighted_error: the relative error as moments weigh it, of the factors before rounding; None without moments.
-        refitted_o: the stored tensor of the o in front of it that was refitted with it.
     """
 
     name: str
@@ -76,7 +75,6 @@ class StackReport:
     converged: bool
     seconds: float
     weighted_error: float | None = None
-    refitted_o: str | None = None
 
     @property
     def kept_energy(self) -> float:
@@ -98,11 +96,9 @@ def report_stack(item: PlannedStack, result: Factors | Narrowing, errors: Square
         seconds: time of its decomposition.
     Raises: CheckpointError: what was written is not finite, because the stored dtype is too narrow for it.
     """
-    o = None
     if isinstance(result, Narrowing):
         error, rounding = result.relative_error, result.rounding_error
         iterations, converged, weighted = 0, True, None
-        o = item.o if result.o is not None else None
     else:
         error, rounding = errors.relative(item.stack.name), errors.relative_rounding(item.stack.name)
         iterations, converged, weighted = result.iterations, result.converged, result.weighted_error
@@ -126,7 +122,6 @@ def report_stack(item: PlannedStack, result: Factors | Narrowing, errors: Square
         converged=converged,
         seconds=round(seconds, 3),
         weighted_error=weighted,
-        refitted_o=o.tensor if o else None,
     )
 
 
@@ -240,9 +235,7 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
         settings += f" {_anchored(planned.anchor)}"
     if planned.refit and planned.refitted:
         tokens = planned.refit.windows.numel()
-        with_o = format_layers(layer for stack in report.stacks if stack.refitted_o for layer in stack.layers)
-        also = f", and o of layers {with_o}" if with_o else ""
-        settings += f" FCs{also} were refitted on {tokens:,} tokens of that text."
+        settings += f" FCs were refitted on {tokens:,} tokens of that text."
     meaning, after = (NARROW_MEANING, "kept") if planned.narrowed else (MEANING, "in factors")
     lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks, after), "", meaning]
     if report.weak_stacks:

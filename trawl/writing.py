@@ -157,7 +157,7 @@ class FactoredWriter:
         stacks: all that were decomposed.
         factors: reads the factors of a stack by its name.
         absmax: largest magnitude of each stack.
-        reshaped: gives a tensor that narrowing replaces, mostly by another shape, None for any other.
+        reshaped: gives a tensor that gets another shape, None for any other.
     """
 
     checkpoint: Checkpoint

@@ -9,7 +9,6 @@ import pytest
 import torch
 import trawl_cli
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 import trawl
 from tests.integration.test_anchored import with_tokenizer
@@ -20,9 +19,8 @@ from tests.integration.test_zoo import logits
 from trawl.calibration import open_moments
 from trawl.checkpoint import open_folder
 from trawl.errors import PlanError
-from trawl.narrowing import NarrowedTensors, Narrowing, cuts, padded_tensors
 from trawl.planning import match_checkpoint
-from trawl.refitting import fitting, outputs
+from trawl.refitting import fitting
 
 FAMILIES = ("gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bert")
 
@@ -118,153 +116,6 @@ def test_only_an_fc_that_is_added_to_the_stream_repairs_it(zoo, text, tmp_path, 
         monkeypatch.setattr(fitting, "REPAIRED", share)
         run(source, text, tmp_path / str(share), {"refit": True})
     assert (weights_hash(tmp_path / "0.0") != weights_hash(tmp_path / "0.5")) == adds
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_o_takes_over_half_of_what_the_stream_misses_by_weighted_least_squares(model, text, monkeypatch, biased):
-    monkeypatch.setattr(outputs, "RIDGES", (0.1,))
-    calibration = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192)
-    original = calibration.chain.enter(calibration.windows.split(1))
-    torch.manual_seed(0)
-    shift = 0.1 * torch.randn(original[0].hidden.shape[-1], original[0].hidden.shape[-1])
-    compressed = [replace(batch, hidden=batch.hidden + batch.hidden @ shift) for batch in original]
-    with calibration.chain.loaded(1) as block:
-        name, o = "self_attn.o_proj.weight", block.layer.self_attn.o_proj
-        stored = o.weight.detach().T.clone()
-        bias = torch.randn(stored.shape[1]) if biased else None
-        found = outputs.refit_o(block, name, stored, original, compressed, bias=bias)
-        read = []
-        hook = o.register_forward_pre_hook(lambda _, x: read.append(x[0].flatten(0, -2).double()))
-        for batch in (*original, *compressed):
-            block.run(batch)
-        hook.remove()
-    before, now = (torch.cat(read[part]) for part in (slice(len(original)), slice(len(original), None)))
-    entered = [torch.cat([batch.hidden.flatten(0, -2) for batch in batches]) for batches in (original, compressed)]
-    wanted = entered[0] + before @ stored.double()
-    missing = wanted - entered[1] - now @ stored.double()
-    stream = wanted if bias is None else wanted + bias
-    weighed = now / (stream.square().mean(1, keepdim=True) + 1e-6)
-    gram = weighed.T @ now
-    change = torch.linalg.solve(gram + 0.1 * gram.diagonal().diag(), weighed.T @ missing / 2)
-    assert float((missing - now @ change).norm()) < 0.9 * float(missing.norm())
-    torch.testing.assert_close(found.double() - stored, change, rtol=1e-3, atol=1e-5)
-
-
-def test_o_stays_where_the_judging_tokens_miss_something_else(model, text):
-    calibration = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192)
-    original = calibration.chain.enter(calibration.windows.split(1))[:16]
-    compressed = [replace(batch, hidden=batch.hidden + 0.1) for batch in original]
-    other = [*original[:15], replace(original[15], hidden=original[15].hidden + 0.2)]  # the last one judges
-    with calibration.chain.loaded(1) as block:
-        stored = block.layer.self_attn.o_proj.weight.detach().T.clone()
-        find = partial(outputs.refit_o, block, "self_attn.o_proj.weight", stored)
-        assert find(original, compressed) is not None
-        assert find(other, compressed) is None
-        assert find(original, original) is None
-
-        assert find(original[:1], compressed[:1]) is None  # nothing is left to judge
-
-
-@pytest.mark.parametrize("alike", [True, False])
-def test_the_tokens_that_judge_choose_how_far_o_goes(model, text, monkeypatch, alike):
-    """Where they miss half of what the others do, the ridge that lets it grow least."""
-    tried, grown = [], outputs._grown
-    monkeypatch.setattr(outputs, "_grown", lambda o, problem: tried.append(problem) or grown(o, problem))
-    calibration = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192)
-    original = calibration.chain.enter(calibration.windows.split(1))[:16]
-    compressed = [replace(batch, hidden=batch.hidden + 0.1) for batch in original]
-    near = replace(original[15], hidden=original[15].hidden + (0 if alike else 0.05))
-    with calibration.chain.loaded(1) as block:
-        stored = block.layer.self_attn.o_proj.weight.detach().T.clone()
-        outputs.refit_o(block, "self_attn.o_proj.weight", stored, [*original[:15], near], compressed)
-    ridges = [float((problem.ridge / problem.second.diagonal()).median()) for problem in tried]
-    assert ridges[:-1] == pytest.approx(outputs.RIDGES)
-    assert ridges[-1] == pytest.approx(min(outputs.RIDGES) if alike else max(outputs.RIDGES))
-
-
-def test_what_is_kept_of_o_is_run_and_written(model, text):
-    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
-    planned = trawl.plan(model, recipe, calibrate=text, calibration_tokens=8192)
-    cut = planned.narrowed.cuts[1]
-    found = Narrowing(torch.arange(32), torch.zeros(32, 32), None, 0.0, 0.0, o=torch.randn(cut.o.shape))
-    for given in (
-        padded_tensors(planned.checkpoint, cut, found)[cut.o.tensor],
-        NarrowedTensors(planned.checkpoint, planned.narrowed, lambda _: found).get(cut.o.tensor),
-    ):
-        torch.testing.assert_close(given, found.o.T, rtol=0, atol=0)
-
-
-def changed_o(source, out):
-    """Layers whose o is another."""
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
-    o = {part.layer: part.tensor for part in match_checkpoint(open_folder(source)).placements if part.role == "o"}
-    return {layer for layer in o if not torch.equal(before[o[layer]], after[o[layer]])}
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "opt", "gemma2", "bert"])
-def test_o_changes_behind_the_first_fc_where_it_is_added_to_the_stream(zoo, text, tmp_path, family):
-    source = with_tokenizer(zoo(family), tmp_path / "model")
-    run(source, text, tmp_path / "out", {"refit": True})
-    changed = changed_o(source, tmp_path / "out")
-    assert 0 not in changed
-    assert (2 in changed) == (family not in ("gemma2", "bert"))
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        {"kv_heads": 1},
-        {"roles": "fc"},
-        {"method": "mixed", "width": None, "write": "factored", "parts": [{"method": "narrow", "width": 32}]},
-    ],
-)
-def test_o_stays_where_it_is_cut_itself_or_not_of_the_recipe(model, text, tmp_path, monkeypatch, recipe):
-    monkeypatch.setattr("trawl.refitting.running.refit_o", None)
-    run(model, text, tmp_path / "out", {"refit": True} | recipe)
-
-
-def test_a_layer_without_an_o_leaves_the_others_theirs(model, text, tmp_path, monkeypatch):
-    found = cuts._own_outputs
-    monkeypatch.setattr(cuts, "_own_outputs", lambda match: {2: found(match)[2]})
-    run(model, text, tmp_path / "out", {"refit": True})
-    assert changed_o(model, tmp_path / "out") == {2}
-
-
-def test_o_in_bfloat16_and_in_front_of_narrower_fcs_alone(zoo, text, tmp_path):
-    source = with_tokenizer(zoo("llama", dtype=torch.bfloat16), tmp_path / "model")
-    run(source, text, tmp_path / "out", {"refit": True, "width": (32, 48, 40), "write": "factored"})
-    assert changed_o(source, tmp_path / "out") == {2}
-    assert torch.isfinite(trawl.load(tmp_path / "out")(torch.arange(9)[None]).logits).all()
-
-
-def test_what_a_refit_changed_is_named(model, text, tmp_path):
-    run(model, text, tmp_path / "out", {"refit": True})
-    layers = changed_o(model, tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "trawl.json").read_text())
-    named = {stack["layers"][0]: stack["refitted_o"] for stack in record["stacks"] if stack["refitted_o"]}
-    assert named == {layer: f"model.layers.{layer}.self_attn.o_proj.weight" for layer in layers}
-    assert "FCs, and o of layers 1-2 were refitted on 8,192 tokens" in (tmp_path / "out" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("roles", ["all", "fc"])
-def test_a_plain_budget_changes_o_where_it_is_selected(model, text, tmp_path, roles):
-    recipe = trawl.Recipe(keep=0.8, plain=True, roles=roles)
-    trawl.compress(model, recipe, tmp_path / "out", calibrate=text, calibration_tokens=8192)
-    assert changed_o(model, tmp_path / "out") == ({1, 2} if roles == "all" else set())
-
-
-def test_with_o_the_model_stays_nearer_on_other_text(model, text, tmp_path, monkeypatch):
-    run(model, text, tmp_path / "with", {"refit": True})
-    monkeypatch.setattr("trawl.refitting.running.refit_o", lambda *_, **__: None)
-    run(model, text, tmp_path / "without", {"refit": True})
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = [tokenizer(sentence(seed, 200), return_tensors="pt")["input_ids"][:, :60] for seed in range(5, 25)]
-    with torch.no_grad():
-        whole, with_o, without = (
-            torch.stack([loaded(ids).logits for ids in texts])
-            for loaded in map(trawl.load, (model, tmp_path / "with", tmp_path / "without"))
-        )
-    assert float((with_o - whole).norm()) < 0.997 * float((without - whole).norm())
 
 
 def test_other_stacks_of_the_plan_are_part_of_what_feeds_an_fc(model, text, tmp_path):
@@ -369,12 +220,11 @@ def test_units_that_depend_on_one_another_are_refused(model, text, tmp_path, mon
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_an_interrupted_refit_is_gone_on_with(model, text, tmp_path, monkeypatch, layers):
+def test_an_interrupted_refit_is_gone_on_with(model, text, tmp_path, monkeypatch):
     run(model, text, tmp_path / "whole", {"refit": True})
 
     def stop(stage, done, total):
-        if stage == "refitting" and done == layers:
+        if stage == "refitting" and done == 1:
             raise StopError
 
     with pytest.raises(StopError):
@@ -383,7 +233,7 @@ def test_an_interrupted_refit_is_gone_on_with(model, text, tmp_path, monkeypatch
     original = fitting.Refit.solve
     monkeypatch.setattr(fitting.Refit, "solve", lambda fc: solved.append(fc) or original(fc))
     run(model, text, tmp_path / "out", {"refit": True}, resume=True)
-    assert [fc.inner.block.number for fc in solved] == [1, 2][layers - 1 :]
+    assert [fc.inner.block.number for fc in solved] == [1, 2]
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
 
 
@@ -447,10 +297,7 @@ def test_a_recipe_that_narrows_nothing_needs_no_text(model, tmp_path):
 def test_plan_says_what_a_refit_takes(model, text):
     recipe = trawl.Recipe(method="narrow", width=32, refit=True)
     notes = trawl.plan(model, recipe, calibrate=text, calibration_tokens=8192).notes
-    assert any(
-        "both models run on up to 8,192 tokens of sea.txt, and FCs, and o in front of them, are refitted to" in note
-        for note in notes
-    )
+    assert any("both models run on up to 8,192 tokens of sea.txt, and FCs are refitted to" in note for note in notes)
 
 
 def test_the_command_line(model, text, tmp_path, monkeypatch):

@@ -117,10 +117,9 @@ class Searcher:
         """Choose the one width that an ordinary checkpoint can have."""
         units = next((piece.cut.units for piece in self.pieces if piece.cut), 0)
         step = next(step for step in (8, 4, 2, 1) if units % step == 0)
-        roles = "all" if any(part.role == "o" for piece in self.pieces for part in piece.slices) else "fc"
         common = self.recipe.model_dump() | {"method": "narrow", "keep": None, "size": None, "plain": False}
         widths = range(units - step, 0, -step)
-        recipes = (Recipe(**common | {"width": width, "roles": roles}) for width in widths)
+        recipes = (Recipe(**common | {"width": width, "roles": "all"}) for width in widths)
         recipe = next((recipe for recipe in recipes if self._fits(recipe)), None)
         if recipe is None:
             raise PlanError(

@@ -291,7 +291,7 @@ class BlockChain:
     ) -> bool:
         """Whether what a weight gives is added to the residual stream as it is, with no norm behind it.
 
-        Taking the matrix away must take away just its output; one that is never multiplied by adds nothing.
+        Taking the matrix away must take away just its output.
 
         Args:
             number: of the block.
@@ -306,8 +306,6 @@ class BlockChain:
             whole = block.run(batch, seen.__setitem__)
         with self.loaded(number, {**(silent or {}), **without}) as block:
             rest = block.run(batch)
-        if name not in seen:
-            return False
         added = seen[name].flatten(0, -2) @ matrix.to(seen[name])
         surplus = torch.linalg.vector_norm((whole.hidden - rest.hidden).flatten(0, -2) - added)
         return bool(surplus <= ADDED * torch.linalg.vector_norm(added))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,13 +30,11 @@ class Cut:
         stack: its slices. Rows of those that write the inner side are selected; the one that reads it is refitted.
         units: neurons, or key-value groups; every slice has as many rows for each unit, one after the other.
         keep: how many stay.
-        o: what the attention in front of an FC puts out by, where a refit may change it.
     """
 
     stack: Stack
     units: int
     keep: int
-    o: Placement | None = None
 
     @property
     def reader(self) -> Placement:
@@ -98,7 +95,6 @@ def narrow(
     width: Width | None = None,
     kv_heads: int | None = None,
     plain: bool = True,
-    refit_o: bool = False,
 ) -> Narrowed:
     """Work out what stays of which tensor.
 
@@ -110,7 +106,6 @@ def narrow(
             ``MULTIPLE``, or a number for each layer.
         kv_heads: key-value heads to keep, with their query heads.
         plain: whether only an ordinary checkpoint will do, of the same width in all layers.
-        refit_o: whether the o in front of a narrower FC may change.
     Returns: cuts, shapes and config.
     Raises: PlanError: nothing is narrowed, a size is out of range, or the config has no place for it.
     """
@@ -120,8 +115,7 @@ def narrow(
     fields: dict[str, int] = {}
     if width is not None:
         widths = fc_widths(match, layers, width)
-        outputs = _own_outputs(match) if refit_o else {}
-        cuts += [_fc_cut(match, layer, keep, outputs.get(layer)) for layer, keep in widths.items()]
+        cuts += [_fc_cut(match, layer, keep) for layer, keep in widths.items()]
         fields |= _width_field(match, widths, plain=plain)
     widest = next(iter(fields.values()), max((cut.units for cut in cuts), default=0))
     fcs = tuple(cuts)
@@ -183,18 +177,10 @@ def _rounded(width: float, full: int) -> int:
     return max(step, round(width * full / step) * step)
 
 
-def _own_outputs(match: FamilyMatch) -> dict[int, Placement]:
-    """Return the o of each layer that has just one, in a tensor of its own."""
-    slices = Counter(part.tensor for part in match.placements)
-    found = [part for part in match.placements if part.role == "o" and slices[part.tensor] == 1]
-    in_layer = Counter(part.layer for part in found)
-    return {part.layer: part for part in found if in_layer[part.layer] == 1}
-
-
-def _fc_cut(match: FamilyMatch, layer: int, keep: int, o: Placement | None) -> Cut:
+def _fc_cut(match: FamilyMatch, layer: int, keep: int) -> Cut:
     """Cut one FC."""
     slices = tuple(part for part in match.placements if part.layer == layer and part.role in FC)
-    return Cut(Stack(f"fc.{layer}", slices), slices[0].shape[0], keep, o if keep < slices[0].shape[0] else None)
+    return Cut(Stack(f"fc.{layer}", slices), slices[0].shape[0], keep)
 
 
 def _width_field(match: FamilyMatch, widths: Mapping[int, int], *, plain: bool) -> dict[str, int]:

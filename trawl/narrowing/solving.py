@@ -20,7 +20,7 @@ from trawl.narrowing.cuts import Cut, bias_of
 from trawl.narrowing.selection import Elimination, Problem, eliminate, make_problem, select_groups, weigh_outputs
 from trawl.shards import sealed
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 3
 WRITER = "writer."  # before the role, in names of tensors
 
 
@@ -35,7 +35,6 @@ class Narrowing:
         relative_error: √(E‖y − ŷ‖² / E‖y‖²) of the reader's outputs, of what is stored here.
         rounding_error: how far rounding to the stored dtype moved the reader, ‖R − R̂‖ / ‖R‖.
         writers: by role, rows of the kept units that are not those of the source, (kept, hidden), in the stored dtype.
-        o: what the o in front of an FC becomes, canonical (inner, hidden), in the stored dtype; None where it stays.
     """
 
     kept: Tensor
@@ -44,7 +43,6 @@ class Narrowing:
     relative_error: float
     rounding_error: float
     writers: Mapping[str, Tensor] = field(default_factory=dict)
-    o: Tensor | None = None
 
     def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
         """Write one sealed file: it appears under ``path`` whole, by rename, or not at all."""
@@ -56,8 +54,8 @@ class Narrowing:
         }
         tensors = {"kept": self.kept, "reader": self.reader.contiguous()}
         tensors |= {f"{WRITER}{role}": rows.contiguous() for role, rows in self.writers.items()}
-        optional = {"bias": self.bias, "o": self.o}
-        tensors |= {name: tensor.contiguous() for name, tensor in optional.items() if tensor is not None}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
         with sealed(path) as file:
             file.write(serialize(tensors, metadata={"trawl": json.dumps(header, sort_keys=True)}))
 
@@ -73,14 +71,12 @@ class Narrowing:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             errors = float(header["relative_error"]), float(header["rounding_error"])
             writers = {name.removeprefix(WRITER): rows for name, rows in tensors.items() if name.startswith(WRITER)}
-            optional = tensors.get("bias"), *errors, writers, tensors.get("o")
-            found = cls(tensors["kept"], tensors["reader"], *optional)
+            found = cls(tensors["kept"], tensors["reader"], tensors.get("bias"), *errors, writers)
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise LoadError(f"{path} is not a readable file of kept units: {e}; delete it and narrow again") from e
         if header.get("format_version") != FORMAT_VERSION:
             raise LoadError(
-                f"{path} has format version {header['format_version']!r}; this trawl reads {FORMAT_VERSION}: run it "
-                "again without --resume"
+                f"{path} has format version {header['format_version']!r}; this trawl reads {FORMAT_VERSION}"
             )
         return found
 
@@ -174,8 +170,6 @@ def padded_tensors(checkpoint: Checkpoint, cut: Cut, found: Narrowing) -> dict[s
             canonical.zero_()
         canonical[cut.rows(part, found.kept)] = values
         part.view.scatter(canonical, stored)
-    if (o := cut.o) and found.o is not None:
-        o.view.scatter(found.o, changed.setdefault(o.tensor, checkpoint.read(o.tensor).clone()))
     name = bias_of(checkpoint, cut.reader.tensor)
     return changed | ({name: found.bias} if name and found.bias is not None else {})
 

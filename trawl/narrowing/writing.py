@@ -1,4 +1,4 @@
-"""Tensors of a narrowed checkpoint: rows selected, readers, refitted writers and refitted o replaced."""
+"""Tensors of a narrowed checkpoint: rows selected, readers and refitted writers replaced."""
 
 from __future__ import annotations
 
@@ -32,23 +32,7 @@ class NarrowedTensors:
 
     def get(self, name: str) -> Tensor | None:
         """Return a stored tensor as it will be; None for one that stays as it is."""
-        if cut := self._refitted.get(name):
-            return self._o(cut)
         return self._replaced(name) if name in self._changed else None
-
-    @cached_property
-    def _refitted(self) -> dict[str, Cut]:
-        """Cuts by the stored name of what a refit may change in front of them."""
-        return {cut.o.tensor: cut for cut in self.narrowed.cuts if cut.o}
-
-    def _o(self, cut: Cut) -> Tensor | None:
-        """Return the o in front of an FC where it changes."""
-        values = self.narrowing(cut.stack.name).o
-        if values is None or cut.o is None:
-            return None
-        target = self.checkpoint.read(cut.o.tensor).clone()
-        cut.o.view.scatter(values, target)
-        return target
 
     @cached_property
     def _changed(self) -> dict[str, tuple[str, list[tuple[Cut, Placement]]]]:

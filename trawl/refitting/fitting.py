@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +16,38 @@ from trawl.errors import CheckpointError
 from trawl.families import Placement
 from trawl.narrowing import Cut, Narrowing
 from trawl.narrowing.cuts import bias_of, positions
-from trawl.narrowing.selection import eliminate, make_problem, root_of, weigh_outputs
+from trawl.narrowing.selection import RIDGE, Problem, eliminate, make_problem, root_of, weigh_outputs
 from trawl.refitting.inner import InnerFunction
-from trawl.refitting.judging import REPAIRED, RIDGES, judging
 from trawl.refitting.solving import Linearised, Tokens
-from trawl.refitting.sums import Summing, TokenSums
 
+JUDGED = 16  # one batch in so many is not fitted to, but says whether what was fitted is better
 SAMPLE = 64  # tokens on which units are shown to stand alone
+RIDGES = (RIDGE, 0.1, 0.3, 1.0)  # of the reader, of which the tokens that judge choose
+REPAIRED = 0.5  # share of what the stream misses that an FC is to give on top: more of it follows noise
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Over some tokens by their weights, float64: Σ a aᵀ, Σ a yᵀ, Σ a, Σ y, Σ ‖y‖² and Σ 1 of units a and outputs y."""
+
+    second: Tensor
+    cross: Tensor
+    units: Tensor
+    outputs: Tensor
+    energy: float
+    count: float
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def problem(self, reader: Tensor, ridge: float, *, centred: bool) -> Problem:
+        """Return the least-squares problem of the reader, whose ridge draws to another one."""
+        second, cross, energy = self.second / self.count, self.cross / self.count, self.energy / self.count
+        if not centred:
+            return make_problem(reader, second, cross, energy, ridge=ridge)
+        units, outputs = self.units / self.count, self.outputs / self.count
+        cross, energy = cross - torch.outer(units, outputs), energy - float(outputs.square().sum())
+        return make_problem(reader, second, cross, energy, units, ridge=ridge)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +65,7 @@ class Weights:
     """
 
     rows: Mapping[Placement, Tensor]
-    sums: TokenSums
+    sums: Sums
     reader: Tensor
     shift: Tensor
     towards: Tensor
@@ -95,7 +121,7 @@ class Refit:
             sums.add(weight.sqrt() * units)
             mean += (weight * units).double().sum(0)
             parts.append((x.to(self.dtype), y, weight))
-        judges = judging(len(parts))
+        judges = set(range(JUDGED - 1, len(parts), JUDGED)) or {len(parts) - 1}
         fitted = [part for number, part in enumerate(parts) if number not in judges]
         self.judged = _joined(part for number, part in enumerate(parts) if number in judges)
         self.fitted = _joined(fitted) if fitted else self.judged
@@ -160,22 +186,32 @@ class Refit:
             tried.append(Weights(rows, sums, solved, shift, reader, ridge, error))
         return min(tried, key=lambda weights: weights.error)
 
-    def _solved(self, sums: TokenSums, reader: Tensor, ridge: float) -> Tensor:
+    def _solved(self, sums: Sums, reader: Tensor, ridge: float) -> Tensor:
         """Return the reader that gives the outputs best."""
         problem = sums.problem(reader, ridge, centred=self._bias(self.inner.reader) is not None)
         return problem.solve(torch.arange(len(reader), device=reader.device))
 
-    def _shift(self, sums: TokenSums, reader: Tensor) -> Tensor:
+    def _shift(self, sums: Sums, reader: Tensor) -> Tensor:
         """Return what the reader's bias grows by."""
-        shift = (sums.outputs - reader.T @ sums.inputs) / sums.count
+        shift = (sums.outputs - reader.T @ sums.units) / sums.count
         return torch.zeros_like(shift) if self._bias(self.inner.reader) is None else shift
 
-    def _sums(self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor) -> TokenSums:
+    def _sums(self, rows: Mapping[Placement, Tensor], tokens: Tokens, kept: Tensor) -> Sums:
         """Return the sums of the units that some rows give."""
-        summing = Summing(len(kept), tokens.y.shape[1], tokens.x.device)
+        k, hidden = len(kept), tokens.y.shape[1]
+        zeros = partial(torch.zeros, dtype=torch.float64, device=tokens.x.device)
+        second = MomentSum.of_width(k, tokens.x.device)
+        cross, units, outputs = zeros(k, hidden), zeros(k), zeros(hidden)
         for at, pre in self._pre(rows, tokens, kept):
-            summing.add(self.inner(pre), tokens.y[at], tokens.weight[at])
-        return summing.sums()
+            root = tokens.weight[at].sqrt()
+            some = self.inner(pre).float() * root  # sums of less would be too rough to invert
+            wanted = tokens.y[at].float() * root
+            second.add(some)
+            cross += (some.T @ wanted).double()
+            units += (some * root).double().sum(0)
+            outputs += (wanted * root).double().sum(0)
+        whole = second.matrix(torch.float64, tokens.x.device) * second.tokens
+        return Sums(whole, cross, units, outputs, tokens.energy * tokens.count, tokens.count)
 
     def _error(self, rows: Mapping[Placement, Tensor], reader: Tensor, shift: Tensor, kept: Tensor) -> float:
         """Return E‖y − ŷ‖² / E‖y‖² over the tokens that judge, all outputs alike."""

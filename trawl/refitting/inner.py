@@ -25,8 +25,8 @@ from trawl.stacking import READ_INNER
 TOLERANCE = 1e-3  # relative: what may lie between a unit among all and the same unit among those kept
 
 
-class Read(BaseException):
-    """Raised when what was wanted of a model's code has been seen: it is run no further. No model code catches it."""
+class _Read(BaseException):
+    """Raised where the reading module would run: nothing after it is wanted. No model code catches it."""
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ class InnerFunction:
 
         def stop(_: Forward, args: tuple[Any, ...], __: Any) -> Any:
             read.append(args[0])
-            raise Read
+            raise _Read
 
         with ExitStack() as stack:
             for module in {self._module(part): None for part in self.writers}:
@@ -85,7 +85,7 @@ class InnerFunction:
             stack.enter_context(around(self._module(self.reader), stop))
             try:
                 self._whole(*self._given[0], **self._given[1])
-            except Read:
+            except _Read:
                 return read[0].reshape(-1, read[0].shape[-1])
             except REFUSALS as e:
                 raise self._refusal(str(e)) from e
