@@ -264,18 +264,16 @@ def test_a_recipe_that_a_refit_does_not_go_with_is_refused(recipe, message):
 
 
 def test_a_refit_without_a_text_is_refused(model, tmp_path):
-    narrow, budget = trawl.Recipe(method="narrow", width=32, refit=True), trawl.Recipe(keep=0.8, refit=True)
-    search, plain = (
-        partial(trawl.find_recipe, folder=tmp_path / "search"),
-        trawl.Recipe(keep=0.8, plain=True, refit=True),
-    )
-    starts = [
-        (trawl.compress, narrow),
+    narrow = trawl.Recipe(method="narrow", width=32, refit=True)
+    budget, plain = trawl.Recipe(keep=0.8, refit=True), trawl.Recipe(keep=0.8, plain=True, refit=True)
+    search = partial(trawl.find_recipe, folder=tmp_path / "search")
+    starts = (
         (trawl.plan, narrow),
+        (trawl.compress, narrow),
         (trawl.compress, budget),
         (search, budget),
         (search, plain),
-    ]
+    )
     for start, recipe in starts:
         with pytest.raises(PlanError, match="a refit needs what the model computes on a text"):
             start(model, recipe)
