@@ -14,12 +14,14 @@ are `trawl eval`'s.
 trawl's two rows are what `trawl compress --keep` writes, loaded from disk; with `--sampled FILE`, a text that `trawl
 sample` let the model write, they are calibrated on that too, and are rows of their own. In all others weights are
 replaced in the loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and
-bytes are those of the plan, which are those on disk, with whole factors in the published methods' rows. `--speed`
-times decoding at batch 1 and prefill of 512 tokens, in turns with the dense model, of the factored or narrow
-checkpoint that each row would be, as trawl stores it. `--raw FILE` keeps every figure as JSON, after each row: the
-same command goes on where it was interrupted, and more rows or shares may be asked for. `--work` keeps moments,
-damages and trawl's outputs; minutes are those of the run that finished a row, so that with an empty `--work` they
-hold all but the calibration; with `--sampled` that too, on all texts.
+bytes are those of the plan, which are those on disk, with whole factors in the published methods' rows. `--raw FILE`
+keeps every figure as JSON, after each row: the same command goes on where it was interrupted, and more rows or shares
+may be asked for. `--work` keeps moments, damages and trawl's outputs; minutes are those of the run that finished a row,
+so that with an empty `--work` they hold all but the calibration; with `--sampled` that too, on all texts.
+
+`--speed` times, when all rows are scored, decoding at batch 1 and prefill of 512 tokens on the CPU, in turns with the
+dense model: of the factored or narrow checkpoint of each row's structures and sizes, as trawl stores it, which is all
+that speed depends on. Rows that another machine scored may so be timed here.
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ TASKS = (
 )
 TURNS = 7  # of timing
 ACCURACY = {"choice": "accuracy", "qa": "exact"}
+ABOUT = ("commit", "machine", "recipe")  # of a row, what is no figure
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,20 +151,13 @@ class Bench:
             figures[file.removesuffix(".jsonl")] = {"value": result.value, "stderr": result.stderr}
         return figures
 
-    def speeds(self, row: Made) -> dict[str, float]:
-        """Return how much faster than the dense model a compressed one decodes and reads a prompt, by CPU time.
-
-        A recipe's checkpoint is written and loaded.
-        """
+    def speeds(self, recipe: trawl.Recipe) -> dict[str, float]:
+        """Return how much faster than the dense model a recipe's checkpoint decodes and reads a prompt, by CPU time."""
         with tempfile.TemporaryDirectory() as folder:
-            if row.recipe:
-                trawl.compress(self.options.model, row.recipe, Path(folder) / "out", moments=self.options.work)
-                made = trawl.load(Path(folder) / "out")
-            else:
-                made = deepcopy(row.weights)
-            made = made.float().to(self.device).eval()
+            out, options = Path(folder) / "out", self.options
+            trawl.compress(options.model, recipe.model_copy(update={"refit": False}), out, moments=options.work)
+            made = trawl.load(out, dtype=torch.float32).eval()
             prompt = torch.randint(3, made.config.vocab_size, (1, PREFILL), generator=torch.Generator().manual_seed(0))
-            prompt = prompt.to(self.device)
             ratios = {}
             for run in (decode, prefill):
                 turns = [(seconds(run, self.exact, prompt), seconds(run, made, prompt)) for _ in range(TURNS + 1)][1:]
@@ -175,18 +171,22 @@ class Bench:
         kind = f"{'plain' if plain else 'any'}{options.suffix.replace(' ', '')}"
         out: Path = options.work / f"{options.commit}-{keep}-{kind}"
         asked = {} if options.refit is None else {"refit": options.refit}
+        texts, device = [*options.calibrate, *options.sampled], str(self.device)
+        kept = options.work / "-".join(text.stem for text in options.sampled)
+        budget = trawl.Recipe(keep=keep, plain=plain, **asked)
+        recipe = trawl.find_recipe(options.model, budget, kept, calibrate=texts, device=device).recipe
         trawl.compress(
             options.model,
-            trawl.Recipe(keep=keep, plain=plain, **asked),
+            recipe,
             out,
-            calibrate=[*options.calibrate, *options.sampled],
-            moments=options.work / "-".join(text.stem for text in options.sampled),
-            device=str(self.device),
+            calibrate=texts if recipe.refit else None,
+            moments=kept,
+            device=device,
             resume=not dirty,
             overwrite=dirty,
         )
         model = trawl.load(out, dtype=getattr(torch, options.dtype)).to(self.device).eval()
-        return Made(model, *stored_size(out))
+        return Made(model, *stored_size(out), recipe)
 
     @property
     def int8_bytes(self) -> int:
@@ -197,14 +197,22 @@ class Bench:
 
     @cached_property
     def exact(self) -> PreTrainedModel:
-        """The dense model in float32."""
+        """The dense model in float32, on the CPU."""
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
-        return model.to(self.device).eval()
+        return model.eval()
 
     @property
     def texts(self) -> dict[str, Path]:
         """The texts whose perplexity is taken."""
         return {"WikiText": self.options.data / "wikitext2raw-valid.txt", "C4": self.options.c4}
+
+
+def machine(device: torch.device) -> str:
+    """Say what computes."""
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads{gpu}"
+    )
 
 
 def stored_size(folder: Path) -> tuple[int, int]:
@@ -221,7 +229,7 @@ class Made:
         weights: tensors to put into the model, or a model of its own.
         parameters: of the whole.
         nbytes: of its shards.
-        recipe: that gives modules of the same shapes; None for a model of its own.
+        recipe: of a checkpoint of the same structures and sizes; None for a row that is no checkpoint of trawl's.
     """
 
     weights: dict[str, torch.Tensor] | PreTrainedModel
@@ -281,9 +289,8 @@ def run(bench: Bench, console: Console) -> None:
         began = time.perf_counter()
         made = make()
         row: dict[str, Any] = {"parameters": made.parameters, "bytes": made.nbytes}
-        row |= {"seconds": time.perf_counter() - began, "commit": options.commit}
-        if options.speed and name not in ("dense", "int8"):
-            row |= bench.speeds(made)
+        row |= {"seconds": time.perf_counter() - began, "commit": options.commit, "machine": machine(bench.device)}
+        row["recipe"] = made.recipe and made.recipe.model_dump(mode="json")
         if isinstance(made.weights, PreTrainedModel):
             row |= bench.score(made.weights)
         else:
@@ -292,11 +299,21 @@ def run(bench: Bench, console: Console) -> None:
             bench.put({key: original[key] for key in made.weights})
         del made
         figures[name] = row
-        console.print(name, {key: shown(value) for key, value in row.items() if key != "commit"})
-        if options.raw:
-            save(options, figures)
+        console.print(name, {key: shown(value) for key, value in row.items() if key not in ABOUT})
+        save(options, figures)
+    if options.speed:
+        time_rows(bench, {name: figures[name] for name in makers}, partial(save, options, figures), console)
     for keep in options.keep:
         console.print(table(figures, keep))
+
+
+def time_rows(bench: Bench, figures: Mapping[str, dict[str, Any]], keep: Callable[[], None], console: Console) -> None:
+    """Time every row of a checkpoint that has no speeds yet; all is kept after each."""
+    for name, row in figures.items():
+        if row["recipe"] and "decode" not in row:
+            row.update(bench.speeds(trawl.Recipe.model_validate(row["recipe"])), timed=machine(CPU))
+            console.print(name, {key: shown(row[key]) for key in ("decode", "prefill")})
+            keep()
 
 
 def main() -> None:
@@ -312,7 +329,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a window of a text")
     parser.add_argument("--limit", type=int, default=500, help="records of each task")
     parser.add_argument("--no-accuracy", dest="accuracy", action="store_false", help="perplexities only")
-    parser.add_argument("--speed", action="store_true", help="time decoding and prefill against dense, in float32")
+    parser.add_argument("--speed", action="store_true", help="time decoding and prefill against dense, in float32, too")
     parser.add_argument("--sampled", type=Path, action="append", default=[], help="text of the model, for trawl's rows")
     parser.add_argument("--refit", action=argparse.BooleanOptionalAction, help="trawl's rows; by default as compress")
     parser.add_argument("--device", default="auto")
@@ -351,8 +368,7 @@ def main() -> None:
         options.c4.write_text(text[len(text) // 2 :], encoding="utf-8")
         bench = Bench(checkpoint, model, AutoTokenizer.from_pretrained(options.model), moments, device, options)
         run(bench, console)
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {device}"
-    print(json.dumps({"torch": torch.__version__, "machine": machine}))
+    print(json.dumps({"torch": torch.__version__, "machine": machine(device)}))
 
 
 if __name__ == "__main__":

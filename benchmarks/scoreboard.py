@@ -13,21 +13,28 @@ from typing import Any
 
 from rich.table import Table
 
+import trawl
+
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return what figures depend on, for rows that may stand in one table."""
-    names = ("model", "data", "windows", "context", "limit", "accuracy", "speed", "device", "dtype", "calibrate")
+    names = ("model", "data", "windows", "context", "limit", "accuracy", "dtype", "calibrate")
     return {name: str(getattr(options, name)) for name in names}
 
 
 def commit() -> str:
-    """Return which code makes a row, ``-dirty`` where it is not what was committed."""
+    """Return which code makes a row, ``-dirty`` where it is not what was committed; the version outside a clone."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return trawl.__version__
 
 
 def save(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
-    """Write the figures of all rows so far; the file is whole at any time."""
+    """Write the figures of all rows so far, if they are to be kept; the file is whole at any time."""
+    if not options.raw:
+        return
     partial = options.raw.with_name(f"{options.raw.name}.partial")
     partial.write_text(json.dumps({"settings": settings(options), "rows": figures}, indent=1), encoding="utf-8")
     partial.replace(options.raw)
