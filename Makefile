@@ -2,12 +2,14 @@
 #   make test     the whole test suite            make check    format, lint, types, layers, unit tests
 #   make demo     a real model, before and after  make format   reformat, and fix what ruff can
 # PYTHON=python3.12 chooses the interpreter, TESTS=tests/unit a part of the suite, PYTEST_ARGS=-x adds options. Tests run in
-# as many processes as there are cores, of one thread each: PYTEST_ARGS=-n0 runs them in one.
+# as many processes as there are cores, of one thread each: PYTEST_ARGS=-n0 runs them in one. UNIT_TESTS= leaves the unit
+# tests out of `make check`, where `make test` follows.
 
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 TESTS ?= tests
+UNIT_TESTS ?= tests/unit
 PYTEST_ARGS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
@@ -32,7 +34,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(PYTEST) -q tests/unit
+	$(if $(UNIT_TESTS),$(PYTEST) -q $(UNIT_TESTS))
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
