@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import Tensor
+
 from trawl.checkpoint import Checkpoint
 from trawl.descriptor import Descriptor
 from trawl.factors import Factors
@@ -30,6 +33,20 @@ def factor_path(workspace: Workspace, stack: Stack) -> Path:
     return workspace.factors / f"{stack.name}.safetensors"
 
 
+def last_norm_path(workspace: Workspace) -> Path:
+    """Where the tensors of the norm in front of the head lie while a run works that scales it."""
+    return workspace.factors / "last-norm.safetensors"  # no stack has such a name
+
+
+def load_last_norm(workspace: Workspace) -> tuple[float, dict[str, Tensor]]:
+    """Return what the norm in front of the head is scaled by, and its tensors by name; 1 and none where it stays."""
+    path = last_norm_path(workspace)
+    if not path.exists():
+        return 1.0, {}
+    with safe_open(path, framework="pt") as file:
+        return float(file.metadata()["gain"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float], observer: Observer) -> SquaredErrors:
     """Write the output's shards, and return how far they are from the source.
 
@@ -50,8 +67,11 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
     jobs: list[tuple[str, int, Callable[[Path, Advance], SquaredErrors]]]
     if planned.layouts:
         narrowed = NarrowedTensors(checkpoint, planned.narrowed, narrowing).get if planned.narrowed else _unchanged
+        _, last_norm = load_last_norm(workspace)
         descriptor = planned.descriptor or Descriptor(())
-        compressed = FactoredWriter(checkpoint, descriptor, stacks, factors, absmax, narrowed)
+        compressed = FactoredWriter(
+            checkpoint, descriptor, stacks, factors, absmax, lambda name: last_norm.get(name, narrowed(name))
+        )
         jobs = [(layout.name, layout.nbytes, partial(compressed.write, layout)) for layout in planned.layouts]
     else:
         denoised = DenseWriter(checkpoint, stacks, factors, absmax)

@@ -33,7 +33,15 @@ from trawl.hub import open_checkpoint
 from trawl.narrowing import Narrowed
 from trawl.observers import Observer, silent
 from trawl.options import budget_out, check_anchored, check_refit, check_together, default_out, pick_device
-from trawl.output import copy_side_files, factor_path, load_result, write_config, write_shards
+from trawl.output import (
+    copy_side_files,
+    factor_path,
+    last_norm_path,
+    load_last_norm,
+    load_result,
+    write_config,
+    write_shards,
+)
 from trawl.planned import Plan
 from trawl.planning import make_plan
 from trawl.processor import multiplies_bfloat16
@@ -155,7 +163,8 @@ def _refit_note(narrowed: Narrowed, text: Calibration) -> str:
     needed = tokens * (2 * slopes + itemsize * 4 * hidden + 4 * 4 * hidden) + 8 * 6 * max(kept) ** 2
     return (
         f"block by block, both models run on up to {tokens:,} tokens of {text.text.name}, and FCs are refitted to "
-        f"what the original computes: about {needed / 1e9:.1f} GB of memory"
+        f"what the original computes; then the norm in front of the head is scaled: about {needed / 1e9:.1f} GB of "
+        "memory"
     )
 
 
@@ -331,7 +340,7 @@ def _compress(
             report_stack(item, result, errors, seconds[item.stack.name])
             for item, result in zip(planned.stacks, results, strict=True)
         )
-        report = Report(workspace.out, reports, time.perf_counter() - started)
+        report = Report(workspace.out, reports, time.perf_counter() - started, load_last_norm(workspace)[0])
         write_records(planned, report, identity, workspace.staged)
         if found:
             write_json(workspace.staged / SEARCH_RECORD, found.to_json())
@@ -434,5 +443,5 @@ def decompose_stacks(
     if planned.refit and planned.refitted:
         from trawl.refitting import seal_refitted  # noqa: PLC0415 (transformers' model code: a second)
 
-        seconds |= seal_refitted(planned, planned.refit, paths, observer)
+        seconds |= seal_refitted(planned, planned.refit, paths, last_norm_path(workspace), observer)
     return seconds

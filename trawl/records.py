@@ -133,11 +133,13 @@ class Report:
         out: the finished folder.
         stacks: in plan order.
         seconds: wall time of the run.
+        last_norm: by what a refit scaled the norm in front of the head; 1 where that stays.
     """
 
     out: Path
     stacks: tuple[StackReport, ...]
     seconds: float
+    last_norm: float = 1.0
 
     @property
     def weak_stacks(self) -> tuple[StackReport, ...]:
@@ -149,6 +151,7 @@ class Report:
         return {
             "out": str(self.out),
             "seconds": round(self.seconds, 3),
+            "last_norm": self.last_norm,
             "stacks": [stack.to_json() for stack in self.stacks],
         }
 
@@ -171,6 +174,7 @@ def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], st
         "family": {"name": planned.match.family, "assumed": list(planned.match.assumed)},
         "calibration": calibrated.to_json() if (calibrated := planned.moments or planned.anchor) else None,
         "identity": identity,
+        "last_norm": report.last_norm,
         "stacks": [stack.to_json() for stack in report.stacks],
     }
     write_json(staged / "trawl.json", record)
@@ -201,7 +205,7 @@ def read_report(out: Path, identity: Mapping[str, Any]) -> Report | None:
         if record["identity"] != json.loads(json.dumps(identity)):
             return None
         stacks = tuple(map(_stack_report, record["stacks"]))
-        return Report(out, stacks, float(record["seconds"]))
+        return Report(out, stacks, float(record["seconds"]), float(record.get("last_norm", 1.0)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -235,7 +239,7 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
         settings += f" {_anchored(planned.anchor)}"
     if planned.refit and planned.refitted:
         tokens = planned.refit.windows.numel()
-        settings += f" FCs were refitted on {tokens:,} tokens of that text."
+        settings += f" FCs were refitted on {tokens:,} tokens of that text{_last_norm(report)}."
     meaning, after = (NARROW_MEANING, "kept") if planned.narrowed else (MEANING, "in factors")
     lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks, after), "", meaning]
     if report.weak_stacks:
@@ -263,6 +267,12 @@ def _what_was_done(planned: Plan, report: Report, name: str) -> tuple[str, str]:
         "denoised",
         f"{what} The tensors have their old names, shapes and dtypes: it loads wherever it did before.",
     )
+
+
+def _last_norm(report: Report) -> str:
+    """Say by what the norm in front of the head was scaled, if it was."""
+    scaled = f", and the weights of the norm in front of the head were multiplied by {report.last_norm:.4f}"
+    return "" if report.last_norm == 1.0 else scaled
 
 
 def _sizes(recipe: Recipe) -> str:

@@ -233,6 +233,13 @@ class BlockChain:
         stored = {place: name for name, (place, _) in self._places.items()}
         return stored.get(weight) or stored.get(self.model.all_tied_weights_keys.get(weight, ""))
 
+    def stored_parameters(self, module: nn.Module) -> dict[str, str]:
+        """Return the stored tensors of a module around the blocks by its parameters' names, if stored as they are."""
+        path = next(path for path, other in self.model.named_modules() if other is module)
+        stored = {place: name for name, (place, pattern) in self._places.items() if pattern is None}
+        named = {name: stored.get(f"{path}.{name}") for name, _ in module.named_parameters()}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     @contextmanager
     def outer_weights(self, without: nn.Module | None = None) -> Iterator[None]:
         """Load what stands around the blocks, such as embeddings, when it is first used, and drop it afterwards."""

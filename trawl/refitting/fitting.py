@@ -26,6 +26,11 @@ RIDGES = (RIDGE, 0.1, 0.3, 1.0)  # of the reader, of which the tokens that judge
 REPAIRED = 0.5  # share of what the stream misses that an FC is to give on top: more of it follows noise
 
 
+def judging(batches: int) -> set[int]:
+    """Return which of some batches judge: one in sixteen, the last one at least."""
+    return set(range(JUDGED - 1, batches, JUDGED)) or {batches - 1}
+
+
 @dataclass(frozen=True, eq=False)
 class Sums:
     """Over some tokens by their weights, float64: Σ a aᵀ, Σ a yᵀ, Σ a, Σ y, Σ ‖y‖² and Σ 1 of units a and outputs y."""
@@ -121,7 +126,7 @@ class Refit:
             sums.add(weight.sqrt() * units)
             mean += (weight * units).double().sum(0)
             parts.append((x.to(self.dtype), y, weight))
-        judges = set(range(JUDGED - 1, len(parts), JUDGED)) or {len(parts) - 1}
+        judges = judging(len(parts))
         fitted = [part for number, part in enumerate(parts) if number not in judges]
         self.judged = _joined(part for number, part in enumerate(parts) if number in judges)
         self.fitted = _joined(fitted) if fitted else self.judged

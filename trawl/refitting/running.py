@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from trawl.calibration import Calibration
@@ -19,13 +20,15 @@ from trawl.narrowing import Cut, Narrowing, padded_tensors
 from trawl.observers import Observer, silent
 from trawl.planned import Plan
 from trawl.processor import multiplies_bfloat16
-from trawl.refitting.fitting import Refit
+from trawl.refitting.fitting import Refit, judging
 from trawl.refitting.inner import InnerFunction
+from trawl.refitting.last_norm import scale_last_norm
+from trawl.shards import sealed
 from trawl.writing import fill, slice_of
 
 
 def seal_refitted(
-    planned: Plan, calibration: Calibration, paths: Mapping[str, Path], observer: Observer = silent
+    planned: Plan, calibration: Calibration, paths: Mapping[str, Path], last_norm: Path, observer: Observer = silent
 ) -> dict[str, float]:
     """Choose the units of FCs that stay, refit what writes and what reads them, and seal the narrowings.
 
@@ -33,29 +36,31 @@ def seal_refitted(
     are chosen by what it computes of the compressed model's inputs; then up and gate change by what gives these outputs
     best, and half of what the residual stream misses by then, see :mod:`trawl.refitting.solving`, and the reader is
     solved anew. A sixteenth of the text judges: changes that do not help there are dropped. An FC behind which a norm
-    stands is fitted on the original model's inputs instead, to its own outputs alone.
+    stands is fitted on the original model's inputs instead, to its own outputs alone. Last, the norm in front of the
+    head is scaled, see :mod:`trawl.refitting.last_norm`.
 
     Args:
         planned: with FCs to refit; all its other stacks are sealed.
         calibration: the text.
         paths: by stack where its file lies or is to lie; those of FCs that are there stay as they are.
+        last_norm: likewise of the tensors of the norm in front of the head; of none where it stays as it is.
         observer: told of progress, in blocks.
     Returns: seconds by stack, without the passes of the model.
     Raises: PlanError: an FC's units depend on one another, or the model cannot be run block by block.
         CheckpointError: NaN or Inf comes up, or what was fitted does not fit the stored dtype.
-    Cost: three forward passes, and some forty-five products of all tokens with a matrix of each FC's size. Memory: the
-        hidden states of all windows four times, and of one FC inputs and outputs, twice for a moment, and the slopes of
-        its writers in bfloat16.
+    Cost: three forward passes, and some forty-five products of all tokens with a matrix of each FC's size; of a
+        thirty-second of the tokens seven products with the head. Memory: the hidden states of all windows four times,
+        and of one FC inputs and outputs, twice for a moment, and the slopes of its writers in bfloat16.
     """
     cuts = {cut.stack.layers[0]: cut for cut in planned.refitted}
     unfinished = {number for number, cut in cuts.items() if not paths[cut.stack.name].exists()}
-    if not unfinished:
+    if not unfinished and last_norm.exists():
         return {}
     chain, windows = calibration.chain, calibration.windows
     items = {item.stack.name: item for item in planned.stacks}
-    adds = _adds(planned, chain, cuts[min(unfinished)], chain.enter([windows[:1]])[0])
+    adds = _adds(planned, chain, cuts[min(cuts)], chain.enter([windows[:1]])[0])
     seconds: dict[str, float] = {}
-    total = max(unfinished) + 1
+    total = len(chain)
     with fast_products() if calibration.compute == "bf16" else nullcontext():
         original = chain.enter(torch.split(windows, max(BATCH_TOKENS // windows.shape[1], 1)))
         compressed = original
@@ -75,6 +80,11 @@ def seal_refitted(
             else:
                 compressed = _run(chain, number, changed, compressed)
             original = left
+        judges = sorted(judging(len(original)))
+        of_both = ([batches[each] for each in judges] for batches in (original, compressed))
+        gain, scaled = scale_last_norm(chain, *of_both)
+    with sealed(last_norm) as file:
+        file.write(serialize(scaled, metadata={"gain": str(gain)}))
     observer("refitting", total, total)
     return seconds
 

@@ -1,0 +1,154 @@
+"""The norm in front of the head after a refit: scaled as the original model's predictions say, whatever its form."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import trawl
+from tests.integration.test_anchored import with_tokenizer
+from tests.integration.test_compress import StopError, weights_hash
+from tests.integration.test_eval import sentence
+from trawl.calibration.streaming import open_chain
+from trawl.checkpoint import open_folder
+from trawl.planning import match_checkpoint
+from trawl.refitting import fitting, last_norm, running
+from trawl.refitting.last_norm import scale_last_norm
+
+NORMS = {  # the stored weight, and what is added to it before it multiplies
+    "llama": ("model.norm.weight", 0.0),
+    "gemma2": ("model.norm.weight", 1.0),
+    "gpt2": ("transformer.ln_f.weight", 0.0),
+    "gpt_neox": ("gpt_neox.final_layer_norm.weight", 0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "sea.txt"
+    path.write_text(sentence(3, 9000), encoding="utf-8")
+    return path
+
+
+def chain_of(folder):
+    checkpoint = open_folder(folder)
+    return open_chain(checkpoint, match_checkpoint(checkpoint), torch.device("cpu"))
+
+
+def streams(chain, noise):
+    """What leaves the last block of a model, and what leaves a disturbed one, two batches each."""
+    batches = chain.enter([torch.randint(3, 90, (2, 16)) for _ in range(2)])
+    for number in range(len(chain)):
+        with chain.loaded(number) as block:
+            batches = [block.run(batch) for batch in batches]
+    scale = noise * batches[0].hidden.std()
+    return batches, [replace(batch, hidden=batch.hidden + scale * torch.randn_like(batch.hidden)) for batch in batches]
+
+
+@torch.no_grad()
+def divergence(folder, name, shift, gain, pairs):
+    """KL of a loaded model's predictions from disturbed streams, with its last norm scaled, every other position."""
+    model = trawl.load(folder).eval()
+    norm = model.get_submodule(name.removesuffix(".weight"))
+    head = model.get_output_embeddings()
+    cap = getattr(model.config, "final_logit_softcapping", None) or 0.0
+
+    def predictions(hidden):
+        logits = head(norm(hidden[:, ::2]))
+        return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(-1)
+
+    p = [predictions(one.hidden) for one, _ in pairs]
+    for parameter, values in list(norm.named_parameters()):
+        own = shift if parameter == "weight" else 0.0
+        values.data = gain * (values.data + own) - own
+    q = [predictions(other.hidden) for _, other in pairs]
+    return float(torch.stack([(a.exp() * (a - b)).sum(-1).mean() for a, b in zip(p, q, strict=True)]).mean())
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_the_scale_is_the_one_of_least_divergence(family, zoo):
+    name, shift = NORMS[family]
+    folder = zoo(family)
+    chain = chain_of(folder)
+    original, disturbed = streams(chain, 0.5)
+    gain, found = scale_last_norm(chain, original, disturbed)
+    assert gain < 0.999
+    stored = load_file(folder / "model.safetensors")
+    torch.testing.assert_close(found[name], gain * (stored[name] + shift) - shift)
+    assert set(found) == {key for key in stored if key.startswith(name.removesuffix("weight"))}
+    pairs = list(zip(original, disturbed, strict=True))
+    tried = {step: divergence(folder, name, shift, gain + step, pairs) for step in (-0.02, 0.0, 0.02)}
+    assert tried[0.0] < divergence(folder, name, shift, 1.0, pairs)
+    assert tried[0.0] <= min(tried.values()) + 0.05 * abs(tried[0.02] - tried[-0.02])
+
+
+def test_a_model_that_predicts_what_it_did_keeps_its_norm(zoo):
+    chain = chain_of(zoo("llama"))
+    original, same = streams(chain, 0.0)
+    assert scale_last_norm(chain, original, same) == (1.0, {})
+
+
+def test_what_comes_no_nearer_as_stored_is_dropped(zoo, monkeypatch):
+    chain = chain_of(zoo("llama"))
+    original, disturbed = streams(chain, 0.5)
+    monkeypatch.setattr(last_norm, "STEP", 1e-3)  # of the parabola; its lowest point is taken far too far
+    monkeypatch.setattr(last_norm, "MOST", -0.5)
+    assert scale_last_norm(chain, original, disturbed) == (1.0, {})
+
+
+@pytest.mark.parametrize("family", ["bert", "opt"])
+def test_a_model_without_such_a_norm_or_head_keeps_what_it_has(family, zoo, text, tmp_path):
+    source = with_tokenizer(zoo(family), tmp_path / "model")
+    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
+    report = trawl.compress(source, recipe, tmp_path / "out", calibrate=text, calibration_tokens=2048)
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, report.out))
+    changed = {
+        name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()
+    }
+    fcs = {tensor.rpartition(".")[0] for stack in report.stacks for tensor in stack.tensors}
+    others = {name for name in changed if name.rpartition(".")[0] not in fcs}
+    assert bool(others) == (report.last_norm != 1.0) == (family == "opt")
+
+
+def refit(model, text, out, **options):
+    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
+    return trawl.compress(model, recipe, out, calibrate=text, calibration_tokens=4096, **options)
+
+
+def test_the_output_has_it_and_says_so(zoo, text, tmp_path, monkeypatch):
+    model = with_tokenizer(zoo("llama", 3), tmp_path / "model")
+    gain = refit(model, text, tmp_path / "out").last_norm
+    monkeypatch.setattr(running, "scale_last_norm", lambda *_: (1.0, {}))
+    assert refit(model, text, tmp_path / "plain").last_norm == 1.0
+    found = {name: tensors(tmp_path / name) for name in ("out", "plain")}
+    name = "model.norm.weight"
+    torch.testing.assert_close(found["out"].pop(name), gain * found["plain"].pop(name))
+    assert all(torch.equal(found["out"][name], found["plain"][name]) for name in found["plain"])
+    said = {name: (tmp_path / name / "README.md").read_text() for name in found}
+    assert f"the norm in front of the head were multiplied by {gain:.4f}" in said["out"]
+    assert "in front of the head" not in said["plain"]
+    assert refit(model, text, tmp_path / "plain", resume=True).last_norm == 1.0
+    assert refit(model, text, tmp_path / "out", resume=True).last_norm == gain
+
+
+def tensors(folder):
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_a_run_that_stops_before_the_norm_goes_on_with_it(zoo, text, tmp_path, monkeypatch):
+    model = with_tokenizer(zoo("llama"), tmp_path / "model")
+    refit(model, text, tmp_path / "whole")
+
+    def stop(*_):
+        raise StopError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "scale_last_norm", stop)
+        with pytest.raises(StopError):
+            refit(model, text, tmp_path / "out")
+    monkeypatch.setattr(fitting.Refit, "solve", stop)
+    refit(model, text, tmp_path / "out", resume=True)
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "whole")
+    assert json.loads((tmp_path / "out" / "trawl.json").read_text())["last_norm"] != 1.0
