@@ -1,11 +1,12 @@
-"""The norm in front of the head, scaled by one number: how sure of its predictions a compressed model is.
+"""The norm in front of the head, scaled by one number: how sure of its predictions a refitted model is.
 
-A compressed model is as a rule too sure of what it predicts: what compression disturbs in the last hidden states adds
-to its logits. Logits are linear in what the norm gives, so that one factor s on its weights is a temperature, and
+What is fitted to a text is a little too sure of what it predicts on any other. Logits are linear in what the norm
+gives, so that one factor s on its weights is a temperature, and
 
     s = argmin E KL(p ‖ p̂(s)),
 
-with p the original model's predictions and p̂(s) the compressed one's, is next to one parabola's lowest point.
+with p the original model's predictions and p̂(s) the compressed one's on text that was not fitted to, is close to the
+lowest point of a parabola through three values.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def seal_refitted(
     are chosen by what it computes of the compressed model's inputs; then up and gate change by what gives these outputs
     best, and half of what the residual stream misses by then, see :mod:`trawl.refitting.solving`, and the reader is
     solved anew. A sixteenth of the text judges: changes that do not help there are dropped. An FC behind which a norm
-    stands is fitted on the original model's inputs instead, to its own outputs alone. Last, the norm in front of the
-    head is scaled, see :mod:`trawl.refitting.last_norm`.
+    stands is fitted on the original model's inputs instead, to its own outputs alone. Where the compressed model was
+    run, the norm in front of the head is scaled last, see :mod:`trawl.refitting.last_norm`.
 
     Args:
         planned: with FCs to refit; all its other stacks are sealed.
@@ -80,9 +80,9 @@ def seal_refitted(
             else:
                 compressed = _run(chain, number, changed, compressed)
             original = left
-        judges = sorted(judging(len(original)))
-        of_both = ([batches[each] for each in judges] for batches in (original, compressed))
-        gain, scaled = scale_last_norm(chain, *of_both)
+    judges = sorted(judging(len(original)))
+    of_both = ([batches[each] for each in judges] for batches in (original, compressed))
+    gain, scaled = scale_last_norm(chain, *of_both)
     with sealed(last_norm) as file:
         file.write(serialize(scaled, metadata={"gain": str(gain)}))
     observer("refitting", total, total)
