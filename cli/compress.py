@@ -125,7 +125,7 @@ def print_report(report: Report) -> None:
     if report.weak_stacks:
         click.echo(f"warning: {weak_warning(report)}")
     if report.last_norm != 1.0:
-        click.echo(f"the weights of the norm in front of the head were multiplied by {report.last_norm:.4f}")
+        click.echo(f"what the norm in front of the head gives was scaled by {report.last_norm:.4f}")
     rounding = max(stack.rounding_error for stack in report.stacks)
     if rounding:
         click.echo(f"rounding to the stored dtype moved no stack by more than {rounding:.1e} of its norm")

@@ -70,7 +70,12 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
         _, last_norm = load_last_norm(workspace)
         descriptor = planned.descriptor or Descriptor(())
         compressed = FactoredWriter(
-            checkpoint, descriptor, stacks, factors, absmax, lambda name: last_norm.get(name, narrowed(name))
+            checkpoint,
+            descriptor,
+            stacks,
+            factors,
+            absmax,
+            lambda name: last_norm[name] if name in last_norm else narrowed(name),
         )
         jobs = [(layout.name, layout.nbytes, partial(compressed.write, layout)) for layout in planned.layouts]
     else:
@@ -100,7 +105,7 @@ def write_shards(planned: Plan, workspace: Workspace, absmax: Mapping[str, float
 
 
 def _unchanged(_: str) -> None:
-    """Say of every tensor that it keeps its shape."""
+    """Say of every tensor that it stays as it is."""
 
 
 def write_config(planned: Plan, staged: Path) -> None:

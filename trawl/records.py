@@ -271,7 +271,7 @@ def _what_was_done(planned: Plan, report: Report, name: str) -> tuple[str, str]:
 
 def _last_norm(report: Report) -> str:
     """Say by what the norm in front of the head was scaled, if it was."""
-    scaled = f", and the weights of the norm in front of the head were multiplied by {report.last_norm:.4f}"
+    scaled = f", and what the norm in front of the head gives was scaled by {report.last_norm:.4f}"
     return "" if report.last_norm == 1.0 else scaled
 
 

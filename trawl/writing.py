@@ -157,7 +157,7 @@ class FactoredWriter:
         stacks: all that were decomposed.
         factors: reads the factors of a stack by its name.
         absmax: largest magnitude of each stack.
-        reshaped: gives a tensor that gets another shape, None for any other.
+        replaced: gives a tensor that is no factor and changes, None for any other.
     """
 
     checkpoint: Checkpoint
@@ -165,7 +165,7 @@ class FactoredWriter:
     stacks: tuple[Stack, ...]
     factors: FactorsOf
     absmax: Mapping[str, float]
-    reshaped: Callable[[str], Tensor | None]
+    replaced: Callable[[str], Tensor | None]
 
     def write(self, layout: ShardLayout, path: Path, advance: Advance) -> SquaredErrors:
         """Write one shard: factors, empty stand-ins, and every other tensor's bytes as they are.
@@ -194,7 +194,7 @@ class FactoredWriter:
             for entry in layout.entries:
                 if entry.name in stored:
                     yield stored[entry.name].contiguous()
-                elif (tensor := self.reshaped(entry.name)) is not None:
+                elif (tensor := self.replaced(entry.name)) is not None:
                     yield tensor
                 elif entry.name not in self.descriptor.slices:
                     info = self.checkpoint.tensors[entry.name]

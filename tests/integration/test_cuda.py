@@ -64,6 +64,7 @@ def test_what_a_text_weighs_is_the_same_on_a_gpu(recipe, model, text, tmp_path):
     on_cpu, on_gpu = both(model, text, tmp_path, **recipe, compute="float32")
     for one, other in zip(on_cpu.stacks, on_gpu.stacks, strict=True):
         assert one.relative_error == pytest.approx(other.relative_error, rel=1e-2, abs=1e-4)
+    assert on_gpu.last_norm == pytest.approx(on_cpu.last_norm, abs=2e-3)
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["any", "plain"])

@@ -1,16 +1,18 @@
 """The norm in front of the head, scaled by one number: how sure of its predictions a refitted model is.
 
-What is fitted to a text is a little too sure of what it predicts on any other. Logits are linear in what the norm
-gives, so that one factor s on its weights is a temperature, and
+What is fitted to a text is a little too sure of what it predicts on any other. With s on what the norm gives, as a rule
+a temperature of the logits,
 
     s = argmin E KL(p ‖ p̂(s)),
 
-with p the original model's predictions and p̂(s) the compressed one's on text that was not fitted to, is close to the
-lowest point of a parabola through three values.
+p the original model's predictions and p̂(s) the compressed one's, is close to the lowest point of a parabola through
+three values.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +20,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from trawl.calibration.streaming import Batch, BlockChain
+from trawl.calibration.streaming import REFUSALS, Batch, BlockChain
+from trawl.errors import CheckpointError
+
+LOG = logging.getLogger("trawl")
 
 STEP = 0.02  # on either side of 1, of the parabola
-MOST = 0.2  # by which s may differ from 1: far more is not what a parabola describes
+LEAST, MOST = 1e-3, 0.2  # by which s differs from 1: less is noise, more is not what a parabola describes
 STRIDE = 2  # every so many positions count
 TOLERANCE = 1e-4  # relative: what may lie between a scaled output and that of scaled weights
 
@@ -65,24 +70,27 @@ def scale_last_norm(
 ) -> tuple[float, dict[str, Tensor]]:
     """Return s, and what the stored tensors of the norm in front of the head become, by name.
 
-    1 and none where the model has no head or no such norm, and where predictions come no nearer, as stored.
+    1 and none where the model has no such norm, see :func:`find_last_norm`, and where s is next to 1, or brings
+    predictions no nearer as it is stored.
 
     Args:
         chain: the original model.
         original: what leaves its last block.
         compressed: likewise of the compressed model.
-    Cost: seven products of every second token with the head; memory for the logits of a window, a few times.
+    Raises: CheckpointError: predictions are NaN or Inf.
+    Cost: six products of every second token with the head; memory for the logits of a window, a few times.
     """
     with chain.outer_weights():
-        norm = _find(chain, replace(original[0], hidden=original[0].hidden[:1, :1]))
+        norm = find_last_norm(chain, original[0])
         if norm is None:
             return 1.0, {}
         pairs = [pair for one in zip(original, compressed, strict=True) for pair in _windows(*one)]
-        low, now, high = _divergences(chain, norm, pairs, [norm.scaled(1 + step) for step in (-STEP, 0.0, STEP)])
+        low, now, high = _divergences(chain, norm, pairs, [norm.scaled(1 - STEP), {}, norm.scaled(1 + STEP)])
         curvature = low - 2 * now + high
-        if curvature <= 0:
+        step = STEP * (low - high) / (2 * curvature) if curvature > 0 else 0.0
+        if abs(step) < LEAST:
             return 1.0, {}
-        step = max(-MOST, min(MOST, STEP * (low - high) / (2 * curvature)))
+        step = max(-MOST, min(MOST, step))
         dtypes = {name: chain.checkpoint.read(stored).dtype for name, stored in norm.names.items()}
         found = {name: values.to(dtypes[name]) for name, values in norm.scaled(1 + step).items()}
         (reached,) = _divergences(chain, norm, pairs, [found])
@@ -91,8 +99,14 @@ def scale_last_norm(
     return 1 + step, {norm.names[name]: values.cpu() for name, values in found.items()}
 
 
-def _find(chain: BlockChain, batch: Batch) -> LastNorm | None:
-    """Return the norm that reads what leaves the last block, if scaling its weights scales what it gives."""
+@torch.no_grad()
+def find_last_norm(chain: BlockChain, batch: Batch) -> LastNorm | None:
+    """Return the norm that reads what leaves the last block; within ``chain.outer_weights``.
+
+    None where the model predicts no tokens, where its head cannot be run alone, or where scaling the weights of what
+    reads the last block does not scale what it gives.
+    """
+    batch = replace(batch, hidden=batch.hidden[:1, :1])
     read: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -104,19 +118,26 @@ def _find(chain: BlockChain, batch: Batch) -> LastNorm | None:
     hooks = [module.register_forward_hook(note) for module in candidates]
     try:
         logits = getattr(chain.leave(batch), "logits", None)
+    except REFUSALS as e:
+        LOG.info("the norm in front of the head stays as it is, the head cannot be run alone: %s", e)
+        return None
     finally:
         for hook in hooks:
             hook.remove()
-    if logits is None or len(read) != 1:
+    if logits is None or logits.shape[:-1] != batch.hidden.shape[:-1] or len(read) != 1:
         return None
-    ((module, output),) = read.items()
+    return _that_scales(chain, *read.popitem(), batch.hidden)
+
+
+def _that_scales(chain: BlockChain, module: nn.Module, output: Tensor, hidden: Tensor) -> LastNorm | None:
+    """Return a norm whose output, twice as much of its weights, is twice what it was; None for any other."""
     names = chain.stored_parameters(module)
     if names.keys() != dict(module.named_parameters()).keys():
         return None
     for shifted in (False, True):
         norm = LastNorm(module, names, shifted)
         with norm.holding(norm.scaled(2.0)):
-            off = module(batch.hidden) - 2 * output
+            off = module(hidden) - 2 * output
         if float(off.norm()) <= TOLERANCE * float(output.norm()):
             return norm
     return None
@@ -147,4 +168,6 @@ def _divergences(
                 q = chain.leave(compressed).logits.float().log_softmax(-1)
             sums[place] += float(torch.linalg.vecdot(p.exp(), p - q).double().sum())
         count += p.shape[:2].numel()
+    if not all(map(math.isfinite, sums)):
+        raise CheckpointError(f"{chain.checkpoint.folder}: the refitted model predicts NaN or Inf; pass --no-refit")
     return [total / count for total in sums]

@@ -15,6 +15,7 @@ from trawl.calibration import Calibration
 from trawl.calibration.gathering import BATCH_TOKENS
 from trawl.calibration.streaming import Batch, Block, BlockChain
 from trawl.factors import Factors
+from trawl.families import OUTSIDE
 from trawl.models import fast_products
 from trawl.narrowing import Cut, Narrowing, padded_tensors
 from trawl.observers import Observer, silent
@@ -22,7 +23,7 @@ from trawl.planned import Plan
 from trawl.processor import multiplies_bfloat16
 from trawl.refitting.fitting import Refit, judging
 from trawl.refitting.inner import InnerFunction
-from trawl.refitting.last_norm import scale_last_norm
+from trawl.refitting.last_norm import find_last_norm, scale_last_norm
 from trawl.shards import sealed
 from trawl.writing import fill, slice_of
 
@@ -37,7 +38,8 @@ def seal_refitted(
     best, and half of what the residual stream misses by then, see :mod:`trawl.refitting.solving`, and the reader is
     solved anew. A sixteenth of the text judges: changes that do not help there are dropped. An FC behind which a norm
     stands is fitted on the original model's inputs instead, to its own outputs alone. Where the compressed model was
-    run, the norm in front of the head is scaled last, see :mod:`trawl.refitting.last_norm`.
+    run, and neither embeddings nor head are decomposed, the norm in front of the head is scaled last, see
+    :mod:`trawl.refitting.last_norm`.
 
     Args:
         planned: with FCs to refit; all its other stacks are sealed.
@@ -48,8 +50,8 @@ def seal_refitted(
     Returns: seconds by stack, without the passes of the model.
     Raises: PlanError: an FC's units depend on one another, or the model cannot be run block by block.
         CheckpointError: NaN or Inf comes up, or what was fitted does not fit the stored dtype.
-    Cost: three forward passes, and some forty-five products of all tokens with a matrix of each FC's size; of a
-        thirty-second of the tokens seven products with the head. Memory: the hidden states of all windows four times,
+    Cost: three forward passes, and some forty-five products of all tokens with a matrix of each FC's size; of every
+        second token that judges six products with the head. Memory: the hidden states of all windows four times,
         and of one FC inputs and outputs, twice for a moment, and the slopes of its writers in bfloat16.
     """
     cuts = {cut.stack.layers[0]: cut for cut in planned.refitted}
@@ -64,6 +66,7 @@ def seal_refitted(
     with fast_products() if calibration.compute == "bf16" else nullcontext():
         original = chain.enter(torch.split(windows, max(BATCH_TOKENS // windows.shape[1], 1)))
         compressed = original
+        scales = adds and _scales_last_norm(planned, chain, original[0])
         for number in range(total):
             observer("refitting", number, total)
             left = _run(chain, number, {}, original)
@@ -80,13 +83,21 @@ def seal_refitted(
             else:
                 compressed = _run(chain, number, changed, compressed)
             original = left
-    judges = sorted(judging(len(original)))
+    judges = sorted(judging(len(original))) if scales else []
     of_both = ([batches[each] for each in judges] for batches in (original, compressed))
-    gain, scaled = scale_last_norm(chain, *of_both)
+    gain, scaled = scale_last_norm(chain, *of_both) if scales else (1.0, {})
     with sealed(last_norm) as file:
         file.write(serialize(scaled, metadata={"gain": str(gain)}))
     observer("refitting", total, total)
     return seconds
+
+
+def _scales_last_norm(planned: Plan, chain: BlockChain, batch: Batch) -> bool:
+    """Whether the norm in front of the head is to be scaled; what is wrong with the head shows before hours pass."""
+    if any(part.role in OUTSIDE for item in planned.stacks for part in item.stack.slices):
+        return False
+    with chain.outer_weights():
+        return find_last_norm(chain, batch) is not None
 
 
 def _adds(planned: Plan, chain: BlockChain, cut: Cut, batch: Batch) -> bool:
