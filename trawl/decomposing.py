@@ -15,14 +15,63 @@ from trawl.calibration import Moments
 from trawl.calibration.weights import stack_weights
 from trawl.cluster import ATTEMPTS, Cluster, begin_work, lost, own_errors
 from trawl.errors import PlanError
-from trawl.factor_library import versions
+from trawl.factor_library import FactorLibrary, versions
 from trawl.hub import open_checkpoint
 from trawl.narrowing import narrow_stack
 from trawl.observers import Observer, silent, slice_counter
+from trawl.output import factor_path, last_norm_path
 from trawl.planned import Plan, PlannedStack
 from trawl.planning import make_plan
 from trawl.recipe import Recipe
 from trawl.stacking import StoredSlices
+from trawl.workspace import Workspace
+
+
+def decompose_stacks(
+    planned: Plan,
+    workspace: Workspace,
+    absmax: Mapping[str, float],
+    where: torch.device,
+    library: FactorLibrary | None,
+    *,
+    spread: Spread | None,
+    max_memory: int,
+    observer: Observer,
+) -> dict[str, float]:
+    """Seal the factors of every stack that has no factor file yet: those of the library, or decomposed here or on Ray.
+
+    Returns: seconds by stack; 0 for one that was sealed before or comes from the library.
+    """
+    seconds = {item.stack.name: 0.0 for item in planned.stacks}
+    paths = {item.stack.name: factor_path(workspace, item.stack) for item in planned.stacks}
+    if planned.anchor:
+        from trawl.anchoring import seal_anchored  # noqa: PLC0415 (transformers' model code: a second)
+
+        return seal_anchored(planned, planned.anchor, paths, absmax, observer)
+    later = {cut.stack.name for cut in planned.refitted}
+    wanted = (item for item in planned.stacks if item.stack.name not in later)
+    missing = {item: paths[item.stack.name] for item in wanted if not paths[item.stack.name].exists()}
+    if spread:
+        seconds |= spread.seal({item.stack.name: path for item, path in missing.items()}, absmax, observer)
+    elif library:
+        for item, path in missing.items():
+            library.load(library.find(planned, item)).save(path, {"stack": item.to_json()})
+    else:
+        for item, path in missing.items():
+            seconds[item.stack.name] = seal_stack(
+                planned,
+                item,
+                path,
+                absmax=absmax[item.stack.name],
+                device=where,
+                max_memory=max_memory,
+                observer=observer,
+            )
+    if planned.refit and planned.refitted:
+        from trawl.refitting import seal_refitted  # noqa: PLC0415 (transformers' model code: a second)
+
+        seconds |= seal_refitted(planned, planned.refit, paths, last_norm_path(workspace), observer)
+    return seconds
 
 
 def seal_stack(

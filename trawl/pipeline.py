@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trawl.budget import SEARCH_RECORD, Found, Question, find, held
 from trawl.calibration import (
     DEFAULT_TOKENS,
@@ -26,22 +24,14 @@ from trawl.calibration import (
 )
 from trawl.checkpoint import Checkpoint
 from trawl.cluster import connected, local_path
-from trawl.decomposing import Spread, seal_stack
+from trawl.decomposing import Spread, decompose_stacks
 from trawl.errors import CheckpointError, PlanError
 from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.hub import open_checkpoint
 from trawl.narrowing import Narrowed
 from trawl.observers import Observer, silent
 from trawl.options import budget_out, check_anchored, check_refit, check_together, default_out, pick_device
-from trawl.output import (
-    copy_side_files,
-    factor_path,
-    last_norm_path,
-    load_last_norm,
-    load_result,
-    write_config,
-    write_shards,
-)
+from trawl.output import copy_side_files, factor_path, load_last_norm, load_result, write_config, write_shards
 from trawl.planned import Plan
 from trawl.planning import make_plan
 from trawl.processor import multiplies_bfloat16
@@ -398,50 +388,3 @@ def check_weights(planned: Plan, observer: Observer) -> dict[str, float]:
         done += tensors[name].nbytes
         observer("checking weights", done, total)
     return {item.stack.name: max(largest[name] for name in item.stack.tensors) for item in planned.stacks}
-
-
-def decompose_stacks(
-    planned: Plan,
-    workspace: Workspace,
-    absmax: Mapping[str, float],
-    where: torch.device,
-    library: FactorLibrary | None,
-    *,
-    spread: Spread | None,
-    max_memory: int,
-    observer: Observer,
-) -> dict[str, float]:
-    """Seal the factors of every stack that has no factor file yet: those of the library, or decomposed here or on Ray.
-
-    Returns: seconds by stack; 0 for one that was sealed before or comes from the library.
-    """
-    seconds = {item.stack.name: 0.0 for item in planned.stacks}
-    paths = {item.stack.name: factor_path(workspace, item.stack) for item in planned.stacks}
-    if planned.anchor:
-        from trawl.anchoring import seal_anchored  # noqa: PLC0415 (transformers' model code: a second)
-
-        return seal_anchored(planned, planned.anchor, paths, absmax, observer)
-    later = {cut.stack.name for cut in planned.refitted}
-    wanted = (item for item in planned.stacks if item.stack.name not in later)
-    missing = {item: paths[item.stack.name] for item in wanted if not paths[item.stack.name].exists()}
-    if spread:
-        seconds |= spread.seal({item.stack.name: path for item, path in missing.items()}, absmax, observer)
-    elif library:
-        for item, path in missing.items():
-            library.load(library.find(planned, item)).save(path, {"stack": item.to_json()})
-    else:
-        for item, path in missing.items():
-            seconds[item.stack.name] = seal_stack(
-                planned,
-                item,
-                path,
-                absmax=absmax[item.stack.name],
-                device=where,
-                max_memory=max_memory,
-                observer=observer,
-            )
-    if planned.refit and planned.refitted:
-        from trawl.refitting import seal_refitted  # noqa: PLC0415 (transformers' model code: a second)
-
-        seconds |= seal_refitted(planned, planned.refit, paths, last_norm_path(workspace), observer)
-    return seconds
