@@ -307,13 +307,13 @@ def run(bench: Bench, console: Console) -> None:
         console.print(table(figures, keep))
 
 
-def time_rows(bench: Bench, figures: Mapping[str, dict[str, Any]], keep: Callable[[], None], console: Console) -> None:
-    """Time every row of a checkpoint that has no speeds yet; all is kept after each."""
+def time_rows(bench: Bench, figures: Mapping[str, dict[str, Any]], store: Callable[[], None], console: Console) -> None:
+    """Time every row of a checkpoint that has no speeds yet, and store all rows after each."""
     for name, row in figures.items():
         if row["recipe"] and "decode" not in row:
             row.update(bench.speeds(trawl.Recipe.model_validate(row["recipe"])), timed=machine(CPU))
             console.print(name, {key: shown(row[key]) for key in ("decode", "prefill")})
-            keep()
+            store()
 
 
 def main() -> None:

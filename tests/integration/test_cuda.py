@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import trawl
-from tests.integration.test_anchored import with_tokenizer
-from tests.integration.test_eval import sentence
 from trawl.budget import SEARCH_RECORD
 
 pytestmark = [
@@ -16,19 +14,6 @@ pytestmark = [
 ]
 
 TOKENS = 2048
-
-
-@pytest.fixture(scope="module")
-def model(zoo, tmp_path_factory):
-    """A tiny llama with its tokenizer, never to be written to."""
-    return with_tokenizer(zoo("llama"), tmp_path_factory.mktemp("cuda") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "sea.txt"
-    path.write_text(sentence(3, 9000), encoding="utf-8")
-    return path
 
 
 def both(model, text, tmp_path, **recipe):

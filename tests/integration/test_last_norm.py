@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 import trawl
 from tests.integration.test_anchored import with_tokenizer
 from tests.integration.test_compress import StopError, weights_hash
-from tests.integration.test_eval import sentence
 from tests.zoo import GROUPED, VOCABULARY, save_model
 from trawl.calibration.streaming import open_chain
 from trawl.checkpoint import open_folder
@@ -26,13 +25,6 @@ NORMS = {  # the stored weight, and what is added to it before it multiplies
     "gpt2": ("transformer.ln_f.weight", 0.0),
     "gpt_neox": ("gpt_neox.final_layer_norm.weight", 0.0),
 }
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "sea.txt"
-    path.write_text(sentence(3, 9000), encoding="utf-8")
-    return path
 
 
 def chain_of(folder):
@@ -122,6 +114,31 @@ def test_predictions_that_are_no_numbers_are_an_error(zoo):
     disturbed[0].hidden[0, 0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="the refitted model predicts NaN or Inf; pass --no-refit"):
         scale_last_norm(chain, original, disturbed)
+
+
+def test_a_head_that_cannot_be_run_alone_leaves_the_norm_and_says_why(zoo, monkeypatch, caplog):
+    chain = chain_of(zoo("llama"))
+    original, disturbed = streams(chain, 0.3)
+
+    def refuse(*_):
+        raise ValueError("no inputs_embeds")
+
+    monkeypatch.setattr(type(chain), "leave", refuse)
+    with caplog.at_level("INFO", "trawl"):
+        assert scale_last_norm(chain, original, disturbed) == (1.0, {})
+    assert "the head cannot be run alone: no inputs_embeds" in caplog.text
+
+
+def test_what_is_wrong_with_the_head_shows_before_any_fc_is_fitted(zoo, text, tmp_path, monkeypatch):
+    model = with_tokenizer(zoo("llama"), tmp_path / "model")
+
+    def broken(*_):
+        raise CheckpointError("no head")
+
+    monkeypatch.setattr(running, "find_last_norm", broken)
+    monkeypatch.setattr(fitting.Refit, "solve", lambda _: pytest.fail("an FC was fitted"))
+    with pytest.raises(CheckpointError, match="no head"):
+        refit(model, text, tmp_path / "out")
 
 
 def test_a_model_that_predicts_no_tokens_keeps_its_norm(tmp_path):

@@ -14,7 +14,6 @@ import trawl
 from tests.integration.test_anchored import with_tokenizer
 from tests.integration.test_calibrate import damage
 from tests.integration.test_compress import StopError, weights_hash
-from tests.integration.test_eval import sentence
 from tests.integration.test_zoo import logits
 from trawl.calibration import open_moments
 from trawl.checkpoint import open_folder
@@ -23,19 +22,6 @@ from trawl.planning import match_checkpoint
 from trawl.refitting import fitting
 
 FAMILIES = ("gemma2", "phi3", "gpt2", "gpt_neox", "opt", "bert")
-
-
-@pytest.fixture(scope="module")
-def model(zoo, tmp_path_factory):
-    """A tiny llama with its tokenizer, never to be written to."""
-    return with_tokenizer(zoo("llama"), tmp_path_factory.mktemp("refit") / "model")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "sea.txt"
-    path.write_text(sentence(3, 9000), encoding="utf-8")
-    return path
 
 
 def run(folder, text, out, recipe=None, **options):

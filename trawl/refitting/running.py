@@ -83,9 +83,7 @@ def seal_refitted(
             else:
                 compressed = _run(chain, number, changed, compressed)
             original = left
-    judges = sorted(judging(len(original))) if scales else []
-    of_both = ([batches[each] for each in judges] for batches in (original, compressed))
-    gain, scaled = scale_last_norm(chain, *of_both) if scales else (1.0, {})
+    gain, scaled = _scaled_last_norm(chain, original, compressed) if scales else (1.0, {})
     with sealed(last_norm) as file:
         file.write(serialize(scaled, metadata={"gain": str(gain)}))
     observer("refitting", total, total)
@@ -98,6 +96,14 @@ def _scales_last_norm(planned: Plan, chain: BlockChain, batch: Batch) -> bool:
         return False
     with chain.outer_weights():
         return find_last_norm(chain, batch) is not None
+
+
+def _scaled_last_norm(
+    chain: BlockChain, original: Sequence[Batch], compressed: Sequence[Batch]
+) -> tuple[float, dict[str, Tensor]]:
+    """Return by what the norm in front of the head is scaled, and its tensors, as the batches that judge say."""
+    judges = sorted(judging(len(original)))
+    return scale_last_norm(chain, [original[each] for each in judges], [compressed[each] for each in judges])
 
 
 def _adds(planned: Plan, chain: BlockChain, cut: Cut, batch: Batch) -> bool:
