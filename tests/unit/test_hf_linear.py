@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from trawl.descriptor import DescribedSlice, DescribedStack, Descriptor
 from trawl.errors import LoadError, ShapeError
 from trawl.factors import Factors
-from trawl.hf.linear import FEW_ROWS, NEVER, FactoredLinear, FactorStack, cheapest_order, make_part, with_neighbours
+from trawl.hf.factor_stack import FactorStack
+from trawl.hf.linear import FEW_ROWS, NEVER, FactoredLinear, cheapest_order, make_part, with_neighbours
 from trawl.hf.replacement import check_loaded, install, multiply_out, stacks_of
 from trawl.interpolation import interpolated_sides, restored
 from trawl.views import View

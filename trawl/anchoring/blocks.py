@@ -14,8 +14,9 @@ from torch import Tensor
 from trawl.anchoring.drift import Drift, observe
 from trawl.anchoring.fitting import fit, make_target, refit
 from trawl.calibration import Moment
+from trawl.calibration.block import Batch, Block
 from trawl.calibration.moments import expert_of
-from trawl.calibration.streaming import Batch, Block, BlockChain
+from trawl.calibration.streaming import BlockChain
 from trawl.errors import CheckpointError, PlanError
 from trawl.factors import Factors
 from trawl.families import Placement

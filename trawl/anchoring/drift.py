@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trawl.calibration.block import Batch, Block, importance
 from trawl.calibration.gathering import MomentSum
-from trawl.calibration.streaming import Batch, Block, importance
 from trawl.errors import CheckpointError
 
 SHRINKAGE = 1e-2  # λ, of the mean eigenvalue: what few tokens say is not followed far

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from trawl.calibration.streaming import Batch, BlockChain
+from trawl.calibration.block import Batch
+from trawl.calibration.streaming import BlockChain
 from trawl.errors import CheckpointError
 from trawl.models import fast_products
 

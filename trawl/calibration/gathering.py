@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from trawl.calibration.block import Batch, Block
 from trawl.calibration.moments import HEAD, TOKENS, MomentInfo, block_name
-from trawl.calibration.streaming import Batch, Block, BlockChain
+from trawl.calibration.streaming import BlockChain
 from trawl.errors import CheckpointError
 from trawl.observers import Observer, silent
 from trawl.shards import sealed

@@ -19,11 +19,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from trawl.calibration.block import Batch
 from trawl.calibration.gathering import MomentSum
 from trawl.calibration.moments import block_name
 from trawl.calibration.outputs import output_file, slice_name
 from trawl.calibration.products import expert_name
-from trawl.calibration.streaming import Batch, BlockChain
+from trawl.calibration.streaming import BlockChain
 from trawl.errors import CheckpointError, PlanError
 from trawl.families import Placement
 from trawl.observers import Observer, silent

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from trawl.descriptor import METHOD, Descriptor, stack_id
 from trawl.errors import LoadError, ShapeError
 from trawl.hf.embedding import FactoredEmbedding, embeds
-from trawl.hf.linear import FactoredLinear, FactorStack, Part, make_part, with_neighbours
+from trawl.hf.factor_stack import FactorStack
+from trawl.hf.linear import FactoredLinear, Part, make_part, with_neighbours
 from trawl.interpolation import check_order
 
 OUT_AXIS = {nn.Linear: 0, Conv1D: 1}  # the stored axis of each kind of module that is its output

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from trawl.calibration.block import Batch, importance
 from trawl.calibration.gathering import MomentSum
-from trawl.calibration.streaming import Batch, importance
 from trawl.checkpoint import Checkpoint
 from trawl.errors import CheckpointError
 from trawl.families import Placement
@@ -107,7 +107,7 @@ class Refit:
         Args:
             batches: what enters the block.
             behind: what leaves it in the original model, for an FC whose outputs are added to that: it is to give half
-                of what they miss of it on top, and a token counts by :func:`trawl.calibration.streaming.importance`.
+                of what they miss of it on top, and a token counts by :func:`trawl.calibration.block.importance`.
         Raises: CheckpointError: NaN or Inf comes up.
         """
         names, reader = self.inner.names, self.inner.reader

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trawl.calibration.streaming import REFUSALS, Batch, Block
+from trawl.calibration.block import Batch, Block
+from trawl.calibration.streaming import REFUSALS
 from trawl.errors import PlanError
 from trawl.families import Placement
 from trawl.models import Forward, around
@@ -57,7 +58,7 @@ class InnerFunction:
         return next(part for part in self.parts if part.role in READ_INNER)
 
     def run(self, batch: Batch, see: Callable[[str, Tensor], None]) -> Batch:
-        """Run the block on a batch, as :meth:`trawl.calibration.streaming.Block.run`, and note how the FC is called."""
+        """Run the block on a batch, as :meth:`trawl.calibration.block.Block.run`, and note how the FC is called."""
 
         def note(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._given = self._given or (args, kwargs)

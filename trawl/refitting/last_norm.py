@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from trawl.calibration.streaming import REFUSALS, Batch, BlockChain
+from trawl.calibration.block import Batch
+from trawl.calibration.streaming import REFUSALS, BlockChain
 from trawl.errors import CheckpointError
 
 LOG = logging.getLogger("trawl")

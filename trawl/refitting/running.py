@@ -12,8 +12,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from trawl.calibration import Calibration
+from trawl.calibration.block import Batch, Block
 from trawl.calibration.gathering import BATCH_TOKENS
-from trawl.calibration.streaming import Batch, Block, BlockChain
+from trawl.calibration.streaming import BlockChain
 from trawl.factors import Factors
 from trawl.families import OUTSIDE
 from trawl.models import fast_products
