@@ -190,6 +190,10 @@ def test_the_output_has_it_and_says_so(zoo, text, tmp_path, monkeypatch):
     assert "in front of the head" not in said["plain"]
     assert refit(model, text, tmp_path / "plain", resume=True).last_norm == 1.0
     assert refit(model, text, tmp_path / "out", resume=True).last_norm == gain
+    record = json.loads((tmp_path / "plain" / "trawl.json").read_text())
+    assert record.pop("last_norm") == 1.0  # as outputs were before there was such a step
+    (tmp_path / "plain" / "trawl.json").write_text(json.dumps(record))
+    assert refit(model, text, tmp_path / "plain", resume=True).last_norm == 1.0
 
 
 def tensors(folder):

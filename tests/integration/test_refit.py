@@ -69,6 +69,20 @@ def test_the_error_is_that_of_what_was_written(model, text, tmp_path):
     assert errors(report) == [pytest.approx((missed / float((weight * y.square()).sum())) ** 0.5, rel=1e-3)]
 
 
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_of_two_windows_one_judges(model, text, tmp_path, monkeypatch, windows):
+    """They would fit into one batch, which would judge what was fitted to itself."""
+    seen = []
+    original = fitting.Refit.solve
+    monkeypatch.setattr(fitting.Refit, "solve", lambda fc: seen.append((fc.fitted, fc.judged)) or original(fc))
+    length = open_moments(open_folder(model), match_checkpoint(open_folder(model)), text, 8192).windows.shape[1]
+    recipe = trawl.Recipe(method="narrow", width=32, refit=True, layers="0", write="factored")
+    trawl.compress(model, recipe, tmp_path / "out", calibrate=text, calibration_tokens=windows * length)
+    ((fitted, judged),) = seen
+    assert (len(fitted), len(judged)) == (max(windows - 1, 1) * length, length)
+    assert (fitted is judged) == (windows == 1)
+
+
 def test_units_are_chosen_by_weighted_tokens(model, text, tmp_path, monkeypatch):
     """What chooses them is E[a aᵀ], each token by 1 / mean(h²) of the stream h behind the FC."""
     found, given, streams = [], [], []

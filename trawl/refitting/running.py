@@ -65,7 +65,8 @@ def seal_refitted(
     seconds: dict[str, float] = {}
     total = len(chain)
     with fast_products() if calibration.compute == "bf16" else nullcontext():
-        original = chain.enter(torch.split(windows, max(BATCH_TOKENS // windows.shape[1], 1)))
+        at_once = min(BATCH_TOKENS // windows.shape[1], len(windows) // 2)  # a batch is left to judge, where it can be
+        original = chain.enter(torch.split(windows, max(at_once, 1)))
         compressed = original
         scales = adds and _scales_last_norm(planned, chain, original[0])
         for number in range(total):
