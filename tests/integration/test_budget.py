@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trawl
 from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fixtures)
 from tests.integration.test_compress import weights_hash
-from trawl.budget import SEARCH_RECORD, Question
+from trawl.budget import SEARCH_RECORD, Question, searching
 from trawl.budget import damage as damage_module
 from trawl.budget.ledger import Measured
+from trawl.calibration import gathering
 from trawl.errors import PlanError
 from trawl.hub import open_checkpoint
 from trawl.planning import match_checkpoint
@@ -136,6 +137,37 @@ def test_damages_that_were_measured_are_used_again_and_an_interrupted_search_goe
     monkeypatch.setattr(damage_module.Gauge, "measure", original)
     compress(model, tmp_path / "undisturbed", text, keep=0.8)
     assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "undisturbed")
+
+
+def test_what_a_budget_finds_does_not_depend_on_what_was_measured_before(model, text, tmp_path, monkeypatch):  # noqa: F811
+    """Of one budget twice, what was chosen measured each time, and of others in between."""
+    monkeypatch.setattr(searching, "MISSED", 0.0)
+
+    def find(keep, folder):
+        found = trawl.find_recipe(model, trawl.Recipe(keep=keep), folder, calibrate=text, calibration_tokens=TOKENS)
+        return found.to_json() | {"recipe": found.recipe}
+
+    first = find(0.5, tmp_path / "one")
+    find(0.85, tmp_path / "other")
+    for keep in (0.85, 0.4):
+        find(keep, tmp_path / "one")
+    assert find(0.5, tmp_path / "one") == find(0.5, tmp_path / "other") == first
+
+
+def test_a_budget_that_was_measured_again_is_gone_on_with(model, text, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(searching, "MISSED", 0.0)
+    kept, out = tmp_path / "kept", tmp_path / "out"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trawl.pipeline.write_shards", stop)
+        compress(model, out, text, kept, keep=0.5)
+    compress(model, out, text, kept, keep=0.5, resume=True)
+    before = (out / "trawl.json").stat().st_mtime_ns
+    compress(model, out, text, kept, keep=0.5, resume=True)
+    assert (out / "trawl.json").stat().st_mtime_ns == before
 
 
 def test_a_finished_budget_is_not_made_again_where_its_damages_are_kept(
@@ -288,7 +320,11 @@ def test_moments_without_their_text_are_refused(cli, model, text, kept, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_text_random_tokens_stand_in_and_are_used_again(model, tmp_path):  # noqa: F811
+def test_without_a_text_random_tokens_stand_in_and_are_used_again(model, tmp_path, monkeypatch):  # noqa: F811
+    passes, measured = [], []
+    gather, measure = gathering.gather, damage_module.Gauge.measure
+    monkeypatch.setattr(gathering, "gather", lambda *args: passes.append(1) or gather(*args))
+    monkeypatch.setattr(damage_module.Gauge, "measure", lambda *args: measured.append(1) or measure(*args))
     reports = [
         trawl.compress(
             model, trawl.Recipe(keep=keep), tmp_path / str(keep), moments=tmp_path / "m", calibration_tokens=TOKENS
@@ -296,6 +332,8 @@ def test_without_a_text_random_tokens_stand_in_and_are_used_again(model, tmp_pat
         for keep in (0.7, 0.8)
     ]
     assert all(report.stacks for report in reports)
+    assert len(passes) == 1
+    assert len(measured) == 3  # each block once, for the first budget
     assert not (tmp_path / "m" / "kronecker.json").exists()  # gradients of random tokens say nothing
 
 

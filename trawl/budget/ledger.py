@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ class Measured:
     piece: Piece
     points: list[Point]
     damages: dict[Key, tuple[float, float]] = field(default_factory=dict)
+
+    def only(self, structures: Container[Structure]) -> Measured:
+        """Return what a search goes by: some structures, and the damages of their reference sizes.
+
+        What other budgets had measured beside these stays out: what a search finds is not to depend on them.
+        """
+        order = [each for each in (*self.piece.structures, *self.piece.trials) if each in structures]
+        part = Measured(self.piece, [point for each in order for point in self.points if point.form.structure == each])
+        keys = {(point.form.structure, point.form.sizes) for point in part.references()}
+        part.damages.update((key, damage) for key, damage in self.damages.items() if key in keys)
+        return part
 
     def options(self) -> list[tuple[Form, float]]:
         """Return all forms with their predicted damages, the dense one first; a piece of two layers has none."""

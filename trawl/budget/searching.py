@@ -239,11 +239,13 @@ class Searcher:
         """
         pieces = [piece for piece in (*self.pieces, *self.pairs) if piece.layer == block]
         members = [self._curves(piece, trials) for piece in pieces if piece.structures or trials & {*piece.trials}]
-        self._measure(block, [(one, point.form) for one in members for point in one.references()])
-        return members
+        asked = [trials.union(one.piece.structures) for one in members]
+        wanted = [one.only(structures).references() for one, structures in zip(members, asked, strict=True)]
+        self._measure(block, [(one, p.form) for one, points in zip(members, wanted, strict=True) for p in points])
+        return [one.only(structures) for one, structures in zip(members, asked, strict=True)]
 
     def _curves(self, piece: Piece, trials: frozenset[Structure]) -> Measured:
-        """Return what is known of a piece, at least what each of its forms loses."""
+        """Return all that the ledger knows of a piece, at least what each of its forms loses."""
         known = self.ledger.load(piece) or Measured(piece, [])
         wanted = [*piece.structures, *(structure for structure in piece.trials if structure in trials)]
         missing = [each for each in wanted if each not in {point.form.structure for point in known.points}]
@@ -269,15 +271,17 @@ class Searcher:
             self.ledger.save(one)
 
     def _refine(self, known: Mapping[str, Measured], found: Found) -> None:
-        """Measure the forms that were chosen, each by itself."""
+        """Measure the forms that were chosen, each by itself, and add their damages to what is known."""
         for done, block in enumerate(self.blocks):
             self.observer("measuring what was chosen", done, len(self.blocks))
             forms = [
-                (known[piece.name], form)
+                (self._curves(piece, frozenset()), form)
                 for piece, form, _ in found.chosen
                 if piece.layer == block and form.structure != DENSE
             ]
             self._measure(block, forms)
+            for one, form in forms:
+                known[one.piece.name].damages[form.structure, form.sizes] = one.damages[form.structure, form.sizes]
         self.observer("measuring what was chosen", len(self.blocks), len(self.blocks))
 
     def _checked(self, found: Found) -> Found:
