@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +16,7 @@ from trawl.checkpoint import SAMPLED_BLOCKS, SAMPLED_BYTES
 from trawl.decompose import Method, Rank, nested_chain
 from trawl.errors import LoadError, PlanError
 from trawl.factors import Factors
+from trawl.locks import locked
 from trawl.observers import Observer, silent, slice_counter
 from trawl.planned import Plan, PlannedStack
 from trawl.shards import sealed, tensor_bytes
@@ -59,7 +58,7 @@ class FactorLibrary:
             raise PlanError(f"factor library {folder}: the ladder of ranks is empty; give at least one rank")
         wanted = tuple(sorted(set(ladder), key=lambda rank: (rank,) if isinstance(rank, int) else rank))
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "locks" / "library"):
+        with locked(folder / "locks" / "library"):
             if not (folder / RECORD).exists():
                 with sealed(folder / RECORD) as file:
                     file.write((json.dumps({"ladder": wanted}) + "\n").encode())
@@ -115,7 +114,7 @@ class FactorLibrary:
         made = max((number for number, path in enumerate(paths) if path.exists()), default=-1)
         factors = self.load(paths[made]) if made >= 0 else None
         for method, identity, path in list(zip(chain, identities, paths, strict=True))[made + 1 :]:
-            with _locked(self.folder / "locks" / path.stem):
+            with locked(self.folder / "locks" / path.stem):
                 if not path.exists():
                     absmax = max(scan(planned.checkpoint, name) for name in item.stack.tensors)
                     count = slice_counter(f"decomposing {item.stack.name}", observer)
@@ -206,10 +205,9 @@ def versions() -> dict[str, str]:
 def _identity(weights: str, item: PlannedStack, chain: Sequence[Method]) -> dict[str, Any]:
     """Return what the bytes of a stack's factors depend on, beside threads and device."""
     method: Any = chain[-1]
-    slices = [[part.layer, part.role, part.tensor, repr(part.view)] for part in item.stack.slices]
     return {
         "weights": weights,
-        "slices": slices,
+        "slices": [part.identity for part in item.stack.slices],
         "method": {"name": type(method).__name__.lower(), **asdict(method)},
         "from": [list(step.ranks(item.stack.shape)) for step in chain[:-1]],
         "versions": versions(),
@@ -248,12 +246,3 @@ def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in identity.items():
         flat |= {f"{key}.{inner}": part for inner, part in value.items()} if isinstance(value, dict) else {key: value}
     return flat
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an empty lock file against other processes and threads; a killed holder lets go by itself."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

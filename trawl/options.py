@@ -61,11 +61,13 @@ def check_refit(recipe: Recipe, calibrate: Any) -> None:
         )
 
 
-def pick_device(device: str) -> torch.device:
-    """Resolve ``auto`` to CUDA where there is one.
+def pick_device(device: str, ray: str | None = None) -> torch.device:
+    """Resolve ``auto`` to CUDA where there is one, and CUDA to the CPU where Ray's workers have devices of their own.
 
     Raises: PlanError: the device is unknown, or not on this machine.
     """
+    if ray is not None and device.startswith("cuda"):
+        return torch.device("cpu")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

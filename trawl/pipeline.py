@@ -1,46 +1,32 @@
-"""The way of the data, read as prose: open, plan, check, decompose, write, publish."""
+"""What a user asks for: a plan, a recipe for a budget, a compressed checkpoint."""
 
 from __future__ import annotations
 
-import logging
 import shutil
-import time
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from trawl.budget import SEARCH_RECORD, Found, Question, find, held
+from trawl.budget import Found, Question, find
 from trawl.calibration import (
     DEFAULT_TOKENS,
     Calibration,
-    Moments,
     Specs,
-    make_moments,
     open_moments,
-    random_calibration,
     specs_of,
 )
-from trawl.checkpoint import Checkpoint
-from trawl.cluster import connected, local_path
-from trawl.decomposing import Spread, decompose_stacks
-from trawl.errors import CheckpointError, PlanError
-from trawl.factor_library import FactorLibrary, digest, versions
+from trawl.compressing import Run, reads_moments
+from trawl.errors import PlanError
 from trawl.hub import open_checkpoint
+from trawl.locks import PRIVATE, held
 from trawl.narrowing import Narrowed
 from trawl.observers import Observer, silent
-from trawl.options import budget_out, check_anchored, check_refit, check_together, default_out, pick_device
-from trawl.output import copy_side_files, factor_path, load_last_norm, load_result, write_config, write_shards
+from trawl.options import budget_out, check_anchored, check_refit, pick_device
 from trawl.planned import Plan
 from trawl.planning import make_plan
 from trawl.processor import multiplies_bfloat16
 from trawl.recipe import Recipe
-from trawl.records import Report, read_report, report_stack, write_json, write_records
-from trawl.stacking import scan
+from trawl.records import Report
 from trawl.workspace import Workspace
-
-LOG = logging.getLogger("trawl")
 
 
 def plan(
@@ -84,7 +70,8 @@ def plan(
     )
     if isinstance(source, Calibration) and recipe.anchored:
         return replace(planned, notes=(*planned.notes, _anchored_note(source)))
-    notes = [*planned.notes, *([str(source)] if source else [])]
+    unread = isinstance(source, Calibration) and kept is None and not reads_moments(planned, source)
+    notes = [*planned.notes, *([str(source)] if source and not unread else [])]
     if isinstance(source, Calibration) and recipe.refit and planned.narrowed:
         notes.append(_refit_note(planned.narrowed, source))
     return replace(planned, notes=tuple(notes))
@@ -129,10 +116,10 @@ def find_recipe(
         revision=revision,
         calibrate=specs_of(calibrate),
         calibration_tokens=calibration_tokens,
-        device=str(pick_device("cpu" if ray is not None and device.startswith("cuda") else device)),
+        device=str(pick_device(device, ray)),
         family_file=family_file,
     )
-    with held(question.folder):
+    with held(question.folder, PRIVATE):
         return find(question, ray, observer)
 
 
@@ -203,9 +190,10 @@ def compress(
         as the plan estimates; disk for the output and the factor files.
     """
     check_refit(recipe, calibrate)
-    run = partial(
-        _compress,
+    run = Run(
         model,
+        recipe,
+        out,
         revision=revision,
         family_file=family_file,
         resume=resume,
@@ -213,178 +201,41 @@ def compress(
         device=device,
         max_memory=max_memory,
         factors=factors,
-        ray=ray,
-        observer=observer,
-    )
-    if not recipe.budget:
-        return run(recipe, out, calibrate=calibrate, calibration_tokens=calibration_tokens, moments=moments)
-    if factors is not None:
-        raise PlanError("--factors takes factors of a given rank, and a budget chooses ranks; leave one of the two out")
-    checkpoint = open_checkpoint(model, revision)
-    target = Workspace(Path(out) if out is not None else budget_out(checkpoint, recipe))
-    finished = resume and moments is not None and (target.out / "trawl.json").is_file()  # its damages are kept too
-    target.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=0, finished=finished)
-    folder = target.search if moments is None else Path(moments)
-    found = find_recipe(
-        model,
-        recipe,
-        folder,
-        revision=revision,
-        family_file=family_file,
-        device=device,
         calibrate=calibrate,
         calibration_tokens=calibration_tokens,
+        moments=moments,
         ray=ray,
         observer=observer,
     )
-    text = calibrate if found.recipe.refit else None
-    report = run(
-        found.recipe, target.out, calibrate=text, calibration_tokens=calibration_tokens, moments=folder, found=found
+    return _compress_to_budget(run) if recipe.budget else run.compress()
+
+
+def _compress_to_budget(run: Run) -> Report:
+    """Search for a budget's recipe and compress by it, in a folder that is held until the output is there."""
+    if run.factors is not None:
+        raise PlanError("--factors takes factors of a given rank, and a budget chooses ranks; leave one of the two out")
+    checkpoint = open_checkpoint(run.model, run.revision)
+    target = Workspace(Path(run.out) if run.out is not None else budget_out(checkpoint, run.recipe))
+    finished = run.resume and run.moments is not None and (target.out / "trawl.json").is_file()  # as its damages are
+    target.check(checkpoint.folder, resume=run.resume, overwrite=run.overwrite, needed=0, finished=finished)
+    question = Question(
+        model=str(run.model),
+        recipe=run.recipe,
+        folder=target.search if run.moments is None else Path(run.moments),
+        revision=run.revision,
+        calibrate=specs_of(run.calibrate),
+        calibration_tokens=run.calibration_tokens,
+        device=str(pick_device(run.device, run.ray)),
+        family_file=run.family_file,
     )
-    if moments is None:
-        shutil.rmtree(folder)
+    if run.moments is None:
+        advice = "repeat the options of the run that stopped, or pass --overwrite to start anew"
+        question = replace(question, replace=run.overwrite, advice=advice)
+    with held(question.folder, PRIVATE):
+        found = find(question, run.ray, run.observer)
+        text = run.calibrate if found.recipe.refit else None
+        known = replace(run, recipe=found.recipe, out=target.out, calibrate=text, moments=question.folder, found=found)
+        report = known.compress()
+        if run.moments is None:
+            shutil.rmtree(question.folder)
     return report
-
-
-def _compress(
-    model: str | Path,
-    recipe: Recipe,
-    out: str | Path | None,
-    *,
-    revision: str | None,
-    family_file: Path | None,
-    resume: bool,
-    overwrite: bool,
-    device: str,
-    max_memory: int,
-    factors: str | Path | None,
-    ray: str | None,
-    observer: Observer,
-    calibrate: Specs | None = None,
-    calibration_tokens: int = DEFAULT_TOKENS,
-    moments: str | Path | None = None,
-    found: Found | None = None,
-) -> Report:
-    """Write a checkpoint by a recipe whose sizes are known; ``found`` is the search that they come from."""
-    started = time.perf_counter()
-    check_anchored(recipe, calibrate, moments, factors, ray)
-    checkpoint = open_checkpoint(model, revision)
-    state = checkpoint.state()
-    planned = make_plan(checkpoint, recipe, family_file)
-    workspace = Workspace(Path(out) if out is not None else default_out(planned))
-    library = FactorLibrary.open(Path(factors)) if factors is not None else None
-    where = pick_device("cpu" if ray is not None and device.startswith("cuda") else device)  # workers have their own
-    kept = Path(moments) if moments is not None else None
-    source = open_moments(
-        checkpoint,
-        planned.match,
-        calibrate,
-        calibration_tokens,
-        folder=kept,
-        device=where,
-        output_weighting=recipe.output_weighting,
-        compute=recipe.compute,
-    )
-    if source is None and planned.narrowed:
-        source = random_calibration(checkpoint, planned.match, calibration_tokens, where)
-        LOG.warning(
-            "no calibration text: units are chosen by what the model computes on random tokens. That costs quality: "
-            "SmolLM2 at width 0.75 has a perplexity of 43 on WikiText, calibrated on such text of 27. Pass --calibrate "
-            "TEXT; `trawl sample` lets the model write one"
-        )
-    identity = run_identity(planned, library, source)
-    if resume and (finished := read_report(workspace.out, identity)):
-        LOG.warning("%s is complete already; nothing to resume", workspace.out)
-        workspace.clear()
-        return finished
-    side_bytes = sum((checkpoint.folder / name).stat().st_size for name in checkpoint.side_files)
-    needed = planned.output_bytes + planned.work_bytes + side_bytes
-    if isinstance(source, Calibration) and kept is None and not recipe.anchored:
-        needed += source.nbytes
-    workspace.check(checkpoint.folder, resume=resume, overwrite=overwrite, needed=needed)
-    check_together(planned, library, source, ray)
-    with (
-        connected(ray, device) as cluster,
-        workspace.locked(identity | {"files": state}, resume=resume, overwrite=overwrite),
-    ):
-        absmax = check_weights(planned, observer)
-        if isinstance(source, Calibration) and recipe.anchored:
-            planned = replace(planned, anchor=source)
-        else:
-            made = make_moments(source, kept or workspace.moments, observer)
-            text = source if recipe.refit and isinstance(source, Calibration) else None
-            planned = replace(planned, moments=made, refit=text)
-        spread = None
-        if cluster:
-            fingerprint = checkpoint.fingerprint
-            folder = planned.moments.path.absolute() if planned.moments else None
-            spread = Spread(cluster, local_path(model), revision, recipe, family_file, fingerprint, max_memory, folder)
-        seconds = decompose_stacks(
-            planned, workspace, absmax, where, library, spread=spread, max_memory=max_memory, observer=observer
-        )
-        errors = write_shards(planned, workspace, absmax, observer)
-        copy_side_files(checkpoint, workspace.staged)
-        write_config(planned, workspace.staged)
-        results = (load_result(item, factor_path(workspace, item.stack)) for item in planned.stacks)
-        reports = tuple(
-            report_stack(item, result, errors, seconds[item.stack.name])
-            for item, result in zip(planned.stacks, results, strict=True)
-        )
-        report = Report(workspace.out, reports, time.perf_counter() - started, load_last_norm(workspace)[0])
-        write_records(planned, report, identity, workspace.staged)
-        if found:
-            write_json(workspace.staged / SEARCH_RECORD, found.to_json())
-        check_unchanged(checkpoint, state, workspace)
-        workspace.publish()
-    return report
-
-
-def check_unchanged(checkpoint: Checkpoint, state: Mapping[str, list[int]], workspace: Workspace) -> None:
-    """Raise CheckpointError, and throw away what was made, if the source's files are no longer those of the start."""
-    now = checkpoint.state()
-    if changed := [name for name in state if now[name] != state[name]]:
-        workspace.discard()
-        raise CheckpointError(
-            f"{checkpoint.folder / changed[0]} changed while it was being read, so that what was made of it is no one "
-            "model's and was thrown away; run the command again once nothing writes there"
-        )
-
-
-def run_identity(
-    planned: Plan, library: FactorLibrary | None, moments: Calibration | Moments | None = None
-) -> dict[str, Any]:
-    """Return what an output depends on; two runs with equal identities may share sealed files.
-
-    Raises: PlanError: the library has no factors of a stack. LoadError: a file there is damaged.
-    """
-    identity: dict[str, Any] = {
-        "source": planned.checkpoint.fingerprint,
-        "recipe": planned.recipe.model_dump(mode="json"),
-        "stacks": [planned.stack.name for planned in planned.stacks],
-        "versions": versions(),
-    }
-    if moments:
-        identity["moments"] = moments.fingerprint
-    if library:
-        identity["factors"] = {
-            item.stack.name: digest(library.load(library.find(planned, item))) for item in planned.stacks
-        }
-    return identity
-
-
-def check_weights(planned: Plan, observer: Observer) -> dict[str, float]:
-    """Read every selected tensor once, so that a NaN is found before anything is written.
-
-    Returns: largest magnitude of each stack.
-    Raises: CheckpointError: a tensor holds NaN or Inf, or is stored in a dtype that cannot be decomposed.
-    """
-    tensors = planned.checkpoint.tensors
-    total = sum(tensors[name].nbytes for name in planned.changed_tensors)
-    largest: dict[str, float] = {}
-    done = 0
-    observer("checking weights", 0, total)
-    for name in planned.changed_tensors:
-        largest[name] = scan(planned.checkpoint, name)
-        done += tensors[name].nbytes
-        observer("checking weights", done, total)
-    return {item.stack.name: max(largest[name] for name in item.stack.tensors) for item in planned.stacks}

@@ -165,6 +165,7 @@ def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], st
         identity: what the output depends on.
         staged: the folder that becomes OUT.
     """
+    calibrated = planned.moments or planned.anchor or planned.refit
     record = {
         "write": planned.recipe.write,
         "command": command_line(),
@@ -172,7 +173,9 @@ def write_records(planned: Plan, report: Report, identity: Mapping[str, Any], st
         "seconds": round(report.seconds, 3),
         "source": {"model": redacted(planned.checkpoint.origin), "revision": planned.checkpoint.revision},
         "family": {"name": planned.match.family, "assumed": list(planned.match.assumed)},
-        "calibration": calibrated.to_json() if (calibrated := planned.moments or planned.anchor) else None,
+        "calibration": calibrated.to_json()
+        if (calibrated := planned.moments or planned.anchor or planned.refit)
+        else None,
         "identity": identity,
         "last_norm": report.last_norm,
         "stacks": [stack.to_json() for stack in report.stacks],
@@ -238,8 +241,8 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
     if planned.anchor:
         settings += f" {_anchored(planned.anchor)}"
     if planned.refit and planned.refitted:
-        tokens = planned.refit.windows.numel()
-        settings += f" FCs were refitted on {tokens:,} tokens of that text{_last_norm(report)}."
+        tokens, text = planned.refit.windows.numel(), planned.refit.text.name
+        settings += f" FCs were refitted on {tokens:,} tokens of {text}{_last_norm(report)}."
     meaning, after = (NARROW_MEANING, "kept") if planned.narrowed else (MEANING, "in factors")
     lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks, after), "", meaning]
     if report.weak_stacks:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from trawl.budget.ledger import Measured
 from trawl.calibration import gathering
 from trawl.errors import PlanError
 from trawl.hub import open_checkpoint
+from trawl.output import write_shards
 from trawl.planning import match_checkpoint
 
 TOKENS = 512
@@ -154,6 +156,68 @@ def test_what_a_budget_finds_does_not_depend_on_what_was_measured_before(model, 
     assert find(0.5, tmp_path / "one") == find(0.5, tmp_path / "other") == first
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 1000}, r"size 1,000 is out of reach: of the [\d,]+ bytes of the shards.*at least about [\d,]+ stay"),
+        ({"size": 1000, "plain": True}, "stay, by FCs of one smaller width"),
+        ({"size": 10**9}, "nothing to compress"),
+        ({"size": 10**9, "plain": True}, "nothing to compress"),
+        ({"size": 60_000, "plain": True, "roles": "attn"}, "roles 'attn' are not all of an FC"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused_before_the_model_is_run(options, message, model, text, tmp_path):  # noqa: F811
+    with pytest.raises(PlanError, match=message):
+        trawl.compress(model, trawl.Recipe(**options), tmp_path / "out", calibrate=text, observer=_no_work)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _no_work(stage, *_):
+    raise AssertionError(stage)
+
+
+def test_the_least_size_that_is_named_can_be_met(model, text, kept, tmp_path):  # noqa: F811
+    """First that of any model, and where that is less than matrices of such ranks take, that of this one."""
+    least = 1000
+    for _ in range(2):
+        with pytest.raises(PlanError) as caught:
+            compress(model, tmp_path / "out", text, kept, size=least)
+        least = int(re.search(r"at least about ([\d,]+) stay", str(caught.value))[1].replace(",", ""))
+    compress(model, tmp_path / "out", text, kept, size=int(1.05 * least))
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) <= 1.05 * least
+
+
+def test_what_stopped_on_another_text_is_replaced_where_that_is_asked_for(model, text, tmp_path, monkeypatch):  # noqa: F811
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    monkeypatch.setattr(damage_module.Gauge, "measure", _no_work)
+    with pytest.raises(AssertionError):
+        compress(model, tmp_path / "out", text, keep=0.8)
+    monkeypatch.undo()
+    with pytest.raises(PlanError, match=r"out\.search holds moments of another text .*; repeat .*pass --overwrite"):
+        compress(model, tmp_path / "out", other, keep=0.8)
+    recipe, options = trawl.Recipe(keep=0.8), {"calibrate": other, "calibration_tokens": TOKENS}
+    trawl.compress(model, recipe, tmp_path / "out", overwrite=True, **options)
+    trawl.compress(model, recipe, tmp_path / "anew", **options)
+    assert weights_hash(tmp_path / "out") == weights_hash(tmp_path / "anew")
+    assert not (tmp_path / "out.search").exists()
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["moments", "no moments"])
+def test_a_budget_holds_its_folder_until_its_output_is_there(given, model, text, tmp_path, monkeypatch):  # noqa: F811
+    out = tmp_path / "out"
+    folder = tmp_path / "kept" if given else out.with_name("out.search")
+
+    def write(*args):
+        with pytest.raises(PlanError, match="another run is working in"):
+            trawl.find_recipe(model, trawl.Recipe(keep=0.8), folder, calibrate=text, calibration_tokens=TOKENS)
+        return write_shards(*args)
+
+    monkeypatch.setattr("trawl.compressing.write_shards", write)
+    compress(model, out, text, folder if given else None, keep=0.8)
+    assert out.is_dir()
+
+
 def test_a_budget_that_was_measured_again_is_gone_on_with(model, text, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(searching, "MISSED", 0.0)
     kept, out = tmp_path / "kept", tmp_path / "out"
@@ -161,9 +225,10 @@ def test_a_budget_that_was_measured_again_is_gone_on_with(model, text, tmp_path,
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("trawl.pipeline.write_shards", stop)
-        compress(model, out, text, kept, keep=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("trawl.compressing.write_shards", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, out, text, kept, keep=0.5)
     compress(model, out, text, kept, keep=0.5, resume=True)
     before = (out / "trawl.json").stat().st_mtime_ns
     compress(model, out, text, kept, keep=0.5, resume=True)
@@ -180,13 +245,13 @@ def test_a_finished_budget_is_not_made_again_where_its_damages_are_kept(
     compress(model, out, text, kept, keep=0.8)
     before = (out / "trawl.json").stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr("trawl.pipeline.decompose_stacks", None)
+        patch.setattr("trawl.compressing.decompose_stacks", None)
         compress(model, out, text, kept, keep=0.8, resume=True)
     assert (out / "trawl.json").stat().st_mtime_ns == before
     with pytest.raises(PlanError, match="exists; pass --overwrite"):
         compress(model, out, text, kept, keep=0.7, resume=True)
     (out / "trawl.json").unlink()
-    monkeypatch.setattr("trawl.pipeline.find_recipe", None)  # refused before anything is measured
+    monkeypatch.setattr("trawl.pipeline.find", None)  # refused before anything is measured
     with pytest.raises(PlanError, match="exists; pass --overwrite"):
         compress(model, out, text, kept, keep=0.8, resume=True)
 

@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trawl
 from tests.integration.test_compress import weights_hash
 from tests.integration.test_eval import make_tokenizer, sentence
+from tests.zoo import HIDDEN
 from trawl.calibration import calibrating, gathering
+from trawl.calibration.calibrating import GRADIENT_WINDOWS, WINDOW, open_moments
+from trawl.calibration.gradients import scratch_bytes
 from trawl.calibration.moments import RECORD
 from trawl.errors import LoadError, PlanError, ResumeError
 from trawl.hub import open_checkpoint
@@ -146,6 +149,33 @@ def test_damaged_moments_are_made_anew_from_the_text_alone(model, text, tmp_path
     source = calibrating.open_moments(*opened(model), text, 1024)
     found = calibrating.make_moments(source, moments)
     assert len(found.infos) == 14
+
+
+def test_moments_that_another_run_makes_are_not_made_beside_it(model, text, tmp_path, monkeypatch):
+    moments, gather = tmp_path / "moments", gathering.gather
+
+    def beside(*args):
+        monkeypatch.setattr(gathering, "gather", gather)
+        with pytest.raises(PlanError, match=r"another run is working in .*moments"):
+            trawl.compress(model, RECIPE, tmp_path / "b", calibrate=text, calibration_tokens=512, moments=moments)
+        return gather(*args)
+
+    monkeypatch.setattr(gathering, "gather", beside)
+    trawl.compress(model, RECIPE, tmp_path / "a", calibrate=text, calibration_tokens=1024, moments=moments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "moments"]
+
+
+def test_the_disk_that_is_asked_for_is_no_more_than_is_used(model, text):
+    """Hidden states wait on disk of no more than 32 windows, however long the text."""
+    checkpoint, match = opened(model)
+
+    def nbytes(windows, kind):
+        return open_moments(checkpoint, match, text, windows * WINDOW, output_weighting=kind).nbytes
+
+    assert nbytes(128, "fisher") == nbytes(GRADIENT_WINDOWS, "fisher")
+    waiting = nbytes(GRADIENT_WINDOWS, "fisher") - nbytes(GRADIENT_WINDOWS // 2, "fisher")
+    assert waiting == scratch_bytes(match.layers, GRADIENT_WINDOWS // 2 * WINDOW, HIDDEN)
+    assert nbytes(128, "none") == nbytes(1, "none")
 
 
 def opened(model):

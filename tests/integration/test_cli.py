@@ -210,7 +210,7 @@ def test_an_existing_output_and_a_default_name(run, zoo, tmp_path, monkeypatch):
 
 def test_ctrl_c_says_how_to_go_on(zoo, tmp_path):
     code = (
-        "import sys, trawl.pipeline as p, trawl_cli\n"
+        "import sys, trawl.compressing as p, trawl_cli\n"
         "def stop(*a): raise KeyboardInterrupt\n"
         "p.write_shards = stop\n"
         "sys.argv = ['trawl', 'compress', sys.argv[1], '--rank', '4', '-o', sys.argv[2]]\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +96,22 @@ def test_resume_goes_on_from_sealed_files(stage, zoo, tmp_path, monkeypatch):
     assert weights_hash(out) == weights_hash(tmp_path / "undisturbed")
     again = trawl.compress(source, RECIPE, out, resume=True)
     assert again.stacks == report.stacks
+
+
+def test_resume_refuses_stacks_that_a_family_file_takes_elsewhere_by_now(zoo, tmp_path):
+    """Of the same names and shapes: gate and up are swapped in between."""
+    source, out, file = zoo("llama"), tmp_path / "out", tmp_path / "family.yaml"
+    family = (Path(trawl.__file__).parent / "families" / "llama.yaml").read_text()
+    file.write_text(family)
+    recipe = trawl.Recipe(method="svd", rank=4, roles="gate")
+    with pytest.raises(StopError):
+        trawl.compress(source, recipe, out, family_file=file, observer=stop_at("writing"))
+    names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    file.write_text(re.sub("gate_proj|up_proj", lambda found: names[found[0]], family))
+    with pytest.raises(ResumeError, match="differs in slices"):
+        trawl.compress(source, recipe, out, family_file=file, resume=True)
+    file.write_text(family)
+    assert trawl.compress(source, recipe, out, family_file=file, resume=True).stacks
 
 
 def test_resume_refuses_another_run(zoo, tmp_path):

@@ -1,12 +1,14 @@
 """Compression whose error is weighed by gradients too: made, kept, reused and refused."""
 
 import json
+import shutil
 
 import pytest
 
 import trawl
 from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fixtures)
 from tests.integration.test_compress import weights_hash
+from trawl.calibration import gradients
 from trawl.errors import PlanError
 
 
@@ -33,6 +35,16 @@ def test_gradients_are_added_to_moments_that_are_there_and_reused(model, text, t
     record = json.loads((tmp_path / "c" / "trawl.json").read_text())
     assert record["calibration"]["output_weighting"] == "kronecker"
     assert "gradients by what it gives (kronecker)" in (tmp_path / "c" / "README.md").read_text()
+
+
+def test_gradients_of_the_same_text_under_another_name_are_made_once(model, text, tmp_path, monkeypatch):  # noqa: F811
+    passes, gather = [], gradients.gather_gradients
+    monkeypatch.setattr(gradients, "gather_gradients", lambda *args, **more: passes.append(1) or gather(*args, **more))
+    other = shutil.copy(text, tmp_path / "other.txt")
+    for number, (words, kind) in enumerate(((text, "none"), (other, "fisher"), (text, "fisher"))):
+        options = {"calibrate": words, "calibration_tokens": 512, "moments": tmp_path / "moments"}
+        trawl.compress(model, recipe(kind), tmp_path / str(number), **options)
+    assert len(passes) == 1
 
 
 def test_fisher_rows_as_typed_with_shared_factors(cli, model, text, tmp_path):  # noqa: F811

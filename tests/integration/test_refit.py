@@ -15,7 +15,7 @@ from tests.integration.test_anchored import with_tokenizer
 from tests.integration.test_calibrate import damage
 from tests.integration.test_compress import StopError, weights_hash
 from tests.integration.test_zoo import logits
-from trawl.calibration import open_moments
+from trawl.calibration import gathering, open_moments
 from trawl.checkpoint import open_folder
 from trawl.errors import PlanError
 from trawl.planning import match_checkpoint
@@ -167,9 +167,10 @@ def test_the_tokens_that_judge_choose_the_ridge(model, text, tmp_path, monkeypat
 
 
 def test_the_reader_of_all_tokens_has_the_ridge_that_was_chosen(model, text, tmp_path, monkeypatch):
-    """A single batch is fitted to and judges, so that solving once more must give the same."""
+    """Where all batches are fitted to and judge, solving once more must give the same."""
     readers, original = [], fitting.Refit._narrowing
     monkeypatch.setattr(fitting, "RIDGES", (1.0,))
+    monkeypatch.setattr(fitting, "judging", lambda batches: set(range(batches)))
     monkeypatch.setattr(
         fitting.Refit,
         "_narrowing",
@@ -298,9 +299,25 @@ def test_plan_says_what_a_refit_takes(model, text):
     assert any("both models run on up to 8,192 tokens of sea.txt, and FCs are refitted to" in note for note in notes)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["moments", "no moments"])
+def test_moments_that_nothing_reads_are_made_only_to_be_kept(model, text, tmp_path, monkeypatch, kept):
+    """A refit runs the model itself."""
+    passes, gather = [], gathering.gather
+    monkeypatch.setattr(gathering, "gather", lambda *args: passes.append(1) or gather(*args))
+    more = {"moments": tmp_path / "moments"} if kept else {}
+    recipe = trawl.Recipe(method="narrow", width=32, refit=True)
+    run(model, text, tmp_path / "out", {"refit": True}, **more)
+    assert len(passes) == kept
+    notes = trawl.plan(model, recipe, calibrate=text, calibration_tokens=8192, **more).notes
+    assert any("GB of work files" in note for note in notes) == kept
+    record = json.loads((tmp_path / "out" / "trawl.json").read_text())
+    assert record["calibration"]["tokens"] == 8192
+    assert record["calibration"]["fingerprint"] == record["identity"]["moments"]
+
+
 def test_the_command_line(model, text, tmp_path, monkeypatch):
     command = ["trawl", "compress", str(model), "--method", "narrow", "--width", "32", "--calibrate", str(text)]
     monkeypatch.setattr("sys.argv", [*command, "--calibration-tokens", "2048", "--refit", "-o", str(tmp_path / "out")])
     with contextlib.suppress(SystemExit):
         trawl_cli.main()
-    assert "refitted on 2,048 tokens of that text" in (tmp_path / "out" / "README.md").read_text()
+    assert "refitted on 2,048 tokens of sea.txt" in (tmp_path / "out" / "README.md").read_text()

@@ -4,7 +4,7 @@ Importing this package loads no model code.
 """
 
 from trawl.budget.choosing import Option, choose
-from trawl.budget.finding import SEARCH_RECORD, Question, find, held
+from trawl.budget.finding import SEARCH_RECORD, Question, find
 from trawl.budget.found import Found
 from trawl.budget.pieces import Form, Piece, make_pieces
 
@@ -17,6 +17,5 @@ __all__ = [
     "Question",
     "choose",
     "find",
-    "held",
     "make_pieces",
 ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,27 +32,6 @@ LOG = logging.getLogger("trawl")
 SEARCH_RECORD = "search.json"
 
 
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a search's folder against other searches in a ``with`` block; one in which nothing was made is removed.
-
-    Raises: PlanError: another search works there now.
-    """
-    new = not folder.exists()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise PlanError(f"another search is working in {folder}; wait for it, or choose another folder") from e
-        try:
-            yield
-        except BaseException:
-            if new and [path.name for path in folder.iterdir()] == ["lock"]:
-                shutil.rmtree(folder)
-            raise
-
-
 @dataclass(frozen=True)
 class Question:
     """What a search is about, as every process that takes part in it is told.
@@ -68,6 +45,8 @@ class Question:
         calibration_tokens: of each text, at most.
         device: where to compute.
         family_file: a YAML family description to use in place of the built-in ones.
+        replace: whether what the folder keeps of another text may go.
+        advice: what to do where it keeps such moments, and they may not.
     """
 
     model: str
@@ -78,6 +57,8 @@ class Question:
     calibration_tokens: int = DEFAULT_TOKENS
     device: str = "cpu"
     family_file: Path | None = None
+    replace: bool = False
+    advice: str = "give the text that they are of, or another --moments folder"
 
     @contextmanager
     def searcher(self, observer: Observer = silent) -> Iterator[Searcher]:
@@ -90,7 +71,7 @@ class Question:
 
         checkpoint = open_checkpoint(self.model, self.revision)
         match = match_checkpoint(checkpoint, self.family_file)
-        pieces, device = check_budget(match, self.recipe), torch.device(self.device)
+        pieces, device = check_budget(checkpoint, match, self.recipe), torch.device(self.device)
         source = self._calibration(checkpoint, match, device)
         moments = source.make(self.folder, observer)
         windows = gauge_windows(source.windows)
@@ -110,10 +91,11 @@ class Question:
         """Return what the model is run on."""
         if not self.calibrate:
             source = random_calibration(checkpoint, match, self.calibration_tokens, device)
-            if (self.folder / RECORD).exists() and Moments.read(self.folder).identity != source.identity:
+            kept = None if self.replace or not (self.folder / RECORD).exists() else Moments.read(self.folder).identity
+            if kept is not None and kept != source.identity:
                 raise PlanError(
                     f"{self.folder} holds moments of a text, and a budget also measures damages on it; pass it with "
-                    "--calibrate, or leave --moments out"
+                    f"--calibrate, or {self.advice}"
                 )
             return source
         opened = open_moments(
@@ -121,10 +103,11 @@ class Question:
             match,
             self.calibrate,
             self.calibration_tokens,
-            folder=self.folder,
+            folder=None if self.replace else self.folder,
             device=device,
             output_weighting=self.recipe.output_weighting,
             compute=self.recipe.compute,
+            advice=self.advice,
         )
         assert isinstance(opened, Calibration)
         return opened

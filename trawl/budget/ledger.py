@@ -177,4 +177,4 @@ class Ledger:
         return self.folder / f"damage-{piece.name}.json"
 
     def _of(self, piece: Piece) -> dict[str, Any]:
-        return {**self.identity, "tensors": [part.tensor for part in piece.slices], "units": bool(piece.cut)}
+        return {**self.identity, "slices": [part.identity for part in piece.slices], "units": bool(piece.cut)}

@@ -37,19 +37,42 @@ LOG = logging.getLogger("trawl")
 MISSED = 0.25  # share of the predicted damage by which the real one may be off before it is measured again
 
 
-def check_budget(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
+def check_budget(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
     """Return the pieces of a budget, from headers alone.
 
-    Raises: PlanError: no budget knows what the recipe selects, or the budget is out of reach.
+    Raises: PlanError: no budget knows what the recipe selects, the budget is out of reach, or it is none.
     """
     pieces = make_pieces(match, recipe)
     if recipe.plain:
-        _check_plain(match, recipe)
-    total = sum(piece.parameters for piece in pieces)
+        _check_plain(match, recipe, pieces)
     least = sum(_smallest(piece, plain=recipe.plain) for piece in pieces)
-    if recipe.keep is not None and recipe.keep * total < least:
-        raise _out_of_reach(f"keep {recipe.keep}", least, total, recipe)
+    if _budget(checkpoint, recipe, pieces) < least:
+        raise _out_of_reach(checkpoint, recipe, pieces, least)
     return pieces
+
+
+def _budget(checkpoint: Checkpoint, recipe: Recipe, pieces: Sequence[Piece]) -> int:
+    """Return how many of the pieces' parameters stay; of a budget of bytes about so many.
+
+    Raises: PlanError: the model is no larger than the bytes of the budget.
+    """
+    if recipe.keep is not None:
+        return int(recipe.keep * sum(piece.parameters for piece in pieces))
+    assert recipe.size is not None
+    if recipe.size >= checkpoint.nbytes:
+        raise PlanError(
+            f"size {recipe.size:,} is no less than the {checkpoint.nbytes:,} bytes of the shards; there is nothing to "
+            "compress"
+        )
+    held, entry = _stored(checkpoint, pieces)
+    return math.floor((recipe.size - (checkpoint.nbytes - held)) / entry)
+
+
+def _stored(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> tuple[int, float]:
+    """Return the bytes of the pieces as they are stored, and those of one parameter."""
+    infos = [checkpoint.tensors[name] for name in {part.tensor for piece in pieces for part in piece.slices}]
+    held = sum(info.nbytes for info in infos)
+    return held, held / sum(info.parameters for info in infos)
 
 
 def _smallest(piece: Piece, *, plain: bool) -> int:
@@ -59,21 +82,35 @@ def _smallest(piece: Piece, *, plain: bool) -> int:
     return math.ceil(SMALLEST * piece.parameters)
 
 
-def _out_of_reach(budget: str, least: int, total: int, recipe: Recipe) -> PlanError:
-    """Say what the smallest budget is."""
+def _out_of_reach(checkpoint: Checkpoint, recipe: Recipe, pieces: Sequence[Piece], least: int) -> PlanError:
+    """Say what the smallest budget is, where so many parameters of the pieces stay at least."""
     ways = "FCs of one smaller width" if recipe.plain else "narrow FCs and matrices of low rank"
+    total = sum(piece.parameters for piece in pieces)
+    held, entry = _stored(checkpoint, pieces)
+    if recipe.size is None:
+        reach = f"keep {recipe.keep} is out of reach: of"
+        stays = f"at least {least:,} ({least / total:.3f}) stay"
+    else:
+        smallest = math.ceil(checkpoint.nbytes - held + least * entry)
+        reach = f"size {recipe.size:,} is out of reach: of the {checkpoint.nbytes:,} bytes of the shards, with"
+        stays = f"at least about {smallest:,} stay"
     return PlanError(
-        f"{budget} is out of reach: of {total:,} parameters in roles {recipe.roles!r} and layers {recipe.layers!r} at "
-        f"least {least:,} ({least / total:.3f}) stay, by {ways}; give a larger budget, or more roles and layers"
+        f"{reach} {total:,} parameters in roles {recipe.roles!r} and layers {recipe.layers!r}, {stays}, by {ways}; "
+        "give a larger budget, or more roles and layers"
     )
 
 
-def _check_plain(match: FamilyMatch, recipe: Recipe) -> None:
-    """Raise PlanError for a plain budget over some of the layers: an ordinary checkpoint has one width."""
+def _check_plain(match: FamilyMatch, recipe: Recipe, pieces: Sequence[Piece]) -> None:
+    """Raise PlanError for a plain budget over some of the layers, or no FC: an ordinary checkpoint has one width."""
     if len(recipe.selected_layers(match.layers)) < match.layers or match.inner_field is None:
         raise PlanError(
             "an ordinary checkpoint has one FC width in all its layers, named in its config: leave --layers out, or "
             "leave --plain out"
+        )
+    if not any(piece.cut for piece in pieces):
+        raise PlanError(
+            f"an ordinary checkpoint can be smaller by the width of its FCs alone, and roles {recipe.roles!r} are not "
+            "all of an FC; leave --roles out, or leave --plain out"
         )
 
 
@@ -115,7 +152,7 @@ class Searcher:
 
     def plain(self) -> Found:
         """Choose the one width that an ordinary checkpoint can have."""
-        units = next((piece.cut.units for piece in self.pieces if piece.cut), 0)
+        units = next(piece.cut.units for piece in self.pieces if piece.cut)
         step = next(step for step in (8, 4, 2, 1) if units % step == 0)
         common = self.recipe.model_dump() | {"method": "narrow", "keep": None, "size": None, "plain": False}
         widths = range(units - step, 0, -step)
@@ -147,14 +184,11 @@ class Searcher:
         offered = [piece for piece in (*self.pieces, *self.pairs) if piece.name in known]
         menus = [known[piece.name].options() for piece in offered]
         options = [[Option(form.parameters, damage) for form, damage in menu] for menu in menus]
-        total = sum(piece.parameters for piece in self.pieces)
         least = sum(min(option.size for option in menu) for menu in options[: len(self.pieces)])
-        size = self.recipe.size
-        budget = int(self.recipe.keep * total) if self.recipe.keep is not None else self._parameters_of_size()
+        size, budget = self.recipe.size, _budget(self.checkpoint, self.recipe, self.pieces)
         while True:
             if budget < least:
-                name = f"keep {self.recipe.keep}" if size is None else f"size {size:,}"
-                raise _out_of_reach(name, least, total, self.recipe)
+                raise _out_of_reach(self.checkpoint, self.recipe, self.pieces, least)
             taken = choose(options, budget, [piece.covers for piece in offered])
             indexed = zip(offered, menus, taken, strict=True)
             chosen = tuple((piece, *menu[index]) for piece, menu, index in indexed if index is not None)
@@ -162,29 +196,7 @@ class Searcher:
             excess = 0 if size is None else make_plan(self.checkpoint, recipe, self.family_file).output_bytes - size
             if excess <= 0:
                 return Found(recipe, chosen)
-            budget -= math.ceil(excess / self._entry_bytes)
-
-    @cached_property
-    def _entry_bytes(self) -> float:
-        """Bytes of one parameter of the pieces, as they are stored."""
-        held = {name: self.checkpoint.tensors[name] for name in self._names}
-        return sum(info.nbytes for info in held.values()) / sum(info.parameters for info in held.values())
-
-    @property
-    def _names(self) -> set[str]:
-        return {part.tensor for piece in self.pieces for part in piece.slices}
-
-    def _parameters_of_size(self) -> int:
-        """Return how many of the pieces' parameters about fit into the bytes of the budget."""
-        assert self.recipe.size is not None
-        held = sum(self.checkpoint.tensors[name].nbytes for name in self._names)
-        rest = self.checkpoint.nbytes - held
-        if self.recipe.size >= self.checkpoint.nbytes:
-            raise PlanError(
-                f"size {self.recipe.size:,} is no less than the {self.checkpoint.nbytes:,} bytes of the shards; there "
-                "is nothing to compress"
-            )
-        return int((self.recipe.size - rest) / self._entry_bytes)
+            budget -= math.ceil(excess / _stored(self.checkpoint, self.pieces)[1])
 
     def _measured(self) -> dict[str, Measured]:
         """Measure every reference form that is not in the ledger yet, from the last block to the first."""
@@ -216,7 +228,7 @@ class Searcher:
         blocks = probe_blocks(everything)
         every = frozenset(structure for piece in everything for structure in piece.trials)
         total = sum(piece.parameters for piece in self.pieces)
-        keep = self._parameters_of_size() / total if self.recipe.keep is None else self.recipe.keep
+        keep = _budget(self.checkpoint, self.recipe, self.pieces) / total
         close: set[Structure] = set()
         for done, block in enumerate(blocks):
             self.observer("trying structures", done, len(blocks))

@@ -103,7 +103,8 @@ class Calibration:
         parts = self.match.placements
         widths = (part.shape[part.role in READ_INNER] for part in parts)
         outputs = sum(width**2 if self.output_weighting == "kronecker" else width for width in widths)
-        return inputs + 4 * (outputs + self.match.layers * self.most_tokens * parts[0].shape[1])
+        streams = self.match.layers * min(self.most_tokens, GRADIENT_WINDOWS * WINDOW) * parts[0].shape[1]
+        return inputs + 4 * (outputs + streams)
 
     @property
     def memory(self) -> int:
@@ -133,8 +134,8 @@ class Calibration:
         """Return what a record of a run says of the text."""
         return {**asdict(self.identity), "fingerprint": self.fingerprint, "tokens": self.windows.numel()}
 
-    def check(self, folder: Path | None) -> None:
-        """Raise PlanError for a folder that keeps other moments than these, or a model that has none of the kind."""
+    def check(self, folder: Path | None, advice: str) -> None:
+        """Raise PlanError for a folder that keeps other moments, with advice, or a model that has none of the kind."""
         if self.output_weighting != "none":
             from trawl.calibration.gradients import check_causal  # noqa: PLC0415 (transformers' model code: a second)
 
@@ -144,10 +145,7 @@ class Calibration:
             and (folder / RECORD).exists()
             and (difference := Moments.read(folder).identity.difference(self.identity))
         ):
-            raise PlanError(
-                f"{folder} holds moments of {difference}; leave --calibrate out to use them as they are, or give "
-                "another --moments folder"
-            )
+            raise PlanError(f"{folder} holds moments of {difference}; {advice}")
 
     def make(self, folder: Path, observer: Observer = silent) -> Moments:
         """Return the moments, making them in a folder unless they are there.
@@ -178,7 +176,7 @@ class Calibration:
         places = torch.linspace(0, len(self.windows) - 1, min(GRADIENT_WINDOWS, len(self.windows))).round().long()
         windows = self.windows[places]
         blocks = gather_gradients(self.chain, windows, self.match.placements, folder, kind, observer=observer)
-        write_output_record(folder, kind, asdict(self.identity), blocks)
+        write_output_record(folder, kind, asdict(Moments.read(folder).identity), blocks)
         return Moments.open(folder, self.checkpoint, kind)
 
     def _make_inputs(self, folder: Path, observer: Observer) -> Moments:
@@ -206,6 +204,7 @@ def open_moments(
     device: torch.device = CPU,
     output_weighting: OutputWeighting = "none",
     compute: Compute = "float32",
+    advice: str = "leave --calibrate out to use them as they are, or give another --moments folder",
 ) -> Calibration | Moments | None:
     """Find out where a run's moments come from, as far as that is cheap.
 
@@ -219,6 +218,7 @@ def open_moments(
         device: where to compute.
         output_weighting: which moments of gradients are wanted beside those of the inputs.
         compute: what products are formed in.
+        advice: what to do where the folder keeps moments of something else.
     Returns: a text to calibrate on, or the moments of a folder where no text is given; None where neither is.
     Raises: PlanError: there is no such text or folder, it is empty, binary or too short, or the folder keeps moments of
         something else. LoadError: the folder is damaged.
@@ -235,7 +235,7 @@ def open_moments(
     if tokens < 1:
         raise PlanError(f"calibration tokens are {tokens}; expected a number from 1, such as {DEFAULT_TOKENS}")
     calibration = Calibration(checkpoint, match, read_texts(specs, tokens), tokens, device, output_weighting, compute)
-    calibration.check(folder)
+    calibration.check(folder, advice)
     return calibration
 
 

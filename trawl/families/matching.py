@@ -42,6 +42,11 @@ class Placement:
     tower: str = ""
     expert: int = -1
 
+    @property
+    def identity(self) -> list[str | int]:
+        """What is cut out of which tensor, and as what, for records of what a result depends on."""
+        return [self.layer, self.role, self.tensor, repr(self.view)]
+
 
 @dataclass(frozen=True)
 class FamilyMatch:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from trawl.errors import LoadError, ResumeError
+from trawl.locks import locked
 from trawl.shards import sealed
 from trawl.sweeps.scorer import Outcome, Part
 from trawl.sweeps.scores import Scores
 from trawl.sweeps.space import Intervention, rank_text
-from trawl.sweeps.study import held
 
 FORMAT_VERSION = 1
 
@@ -30,7 +30,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a sealed file that several processes may write at once; the last one's stays."""
-    with held(path.parent / "writing.lock"), sealed(path) as file:
+    with locked(path.parent / "writing.lock"), sealed(path) as file:
         file.write(content)
 
 

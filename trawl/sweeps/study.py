@@ -6,8 +6,8 @@ import fcntl
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from trawl.errors import PlanError
+from trawl.locks import locked
 from trawl.redaction import redacted
 from trawl.sweeps.scorer import Outcome
 from trawl.sweeps.scores import KEPT, LOSSES, Gain
@@ -48,15 +49,6 @@ class _FileLock:
     def release(self) -> None:
         """Give the lock back."""
         self.file.close()
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a lock file for the length of a ``with`` block; others wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
@@ -131,7 +123,7 @@ class TrialQueue:
         directions = [
             StudyDirection.MINIMIZE if name in LOSSES else StudyDirection.MAXIMIZE for name in self.setup.objectives
         ]
-        with held(self.folder / "study.lock"):
+        with locked(self.folder / "study.lock"):
             try:
                 self.study = optuna.create_study(
                     storage=self.storage,
@@ -176,7 +168,7 @@ class TrialQueue:
 
     def claim(self) -> Claim | None:
         """Return a trial for this process, or None where no other waits."""
-        with held(self.folder / "study.lock"):
+        with locked(self.folder / "study.lock"):
             self._take_back()
             while waiting := self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 identifier = waiting[0]._trial_id  # noqa: SLF001

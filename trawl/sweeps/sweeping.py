@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from trawl.errors import PlanError
 from trawl.evaluation.subject import check_loadable
+from trawl.locks import locked
 from trawl.observers import Observer, silent
 from trawl.sweeps.composition import candidates, compose
 from trawl.sweeps.findings import Composed, Findings
@@ -23,7 +24,7 @@ from trawl.sweeps.scorer import Outcome, Scorer
 from trawl.sweeps.scores import KEPT, Gain, Scores, gain
 from trawl.sweeps.setup import ORDERS, Setup
 from trawl.sweeps.space import GroupLayers, Rank, Space
-from trawl.sweeps.study import TrialQueue, held, open_storage
+from trawl.sweeps.study import TrialQueue, open_storage
 
 RECORD_SECONDS = 10.0  # between two writings of results.json
 WAIT_SECONDS = 1.0  # for other processes' trials
@@ -161,7 +162,7 @@ def sweep(
     interventions, notes = planner.check(space.interventions(planner.layer_count))
     check_loadable(planner.checkpoint.folder, planner.tasks, dtype=dtype, trust_remote_code=trust_remote_code)
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / "study.lock"):
+    with locked(folder / "study.lock"):
         check_identity(folder, setup.identity(planner.checkpoint.fingerprint, planner.tasks))
     queue = TrialQueue(setup, folder, open_storage(folder, storage), interventions)
     run = _Run(planner, queue, Findings(planner, queue, notes, command), observer)
@@ -169,7 +170,7 @@ def sweep(
         pool = _pool(setup, folder, ray)
         try:
             run.search(pool)
-            with held(folder / "finish.lock"):
+            with locked(folder / "finish.lock"):
                 run.finish(pool, most=compose_most, order=order, noise=noise)
                 results = read_json(folder / "results.json")  # before another process writes it again
         finally:
