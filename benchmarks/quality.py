@@ -31,6 +31,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -280,7 +281,10 @@ def run(bench: Bench, console: Console) -> None:
         "int8": lambda: Made(int8(bench.model), whole, bench.int8_bytes),
     }
     for keep in options.keep:
-        for name, make in rows(bench, keep).items():
+        offered = rows(bench, keep)
+        if unknown := {*(options.row or ())} - {name.removesuffix(options.suffix) for name in offered}:
+            sys.exit(f"no such row: {', '.join(sorted(unknown))}; the rows are {', '.join(offered)}")
+        for name, make in offered.items():
             if not options.row or name.removesuffix(options.suffix) in options.row:
                 makers[f"{keep}: {name}"] = make
     for name, make in makers.items():

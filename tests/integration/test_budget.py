@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trawl
 from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fixtures)
 from tests.integration.test_compress import weights_hash
-from trawl.budget import SEARCH_RECORD, Question, searching
+from trawl.budget import SEARCH_RECORD, Question, finding, searching
 from trawl.budget import damage as damage_module
 from trawl.budget.ledger import Measured
 from trawl.calibration import gathering
-from trawl.errors import PlanError
+from trawl.errors import CheckpointError, PlanError
 from trawl.hub import open_checkpoint
 from trawl.output import write_shards
 from trawl.planning import match_checkpoint
@@ -293,6 +293,22 @@ def test_a_change_of_two_layers_does_all_of_its_damage(model, text, kept, monkey
     assert both.mean != pytest.approx(alone.mean, rel=1e-2)
 
 
+def test_a_form_that_computes_nan_is_named_as_such(model, text, kept):  # noqa: F811
+    question = Question(str(model), trawl.Recipe(keep=0.8), kept, calibrate=str(text), calibration_tokens=TOKENS)
+    with question.searcher() as searcher:
+        part = searcher.pieces[0].slices[0]
+        changed = {part.tensor: torch.full_like(searcher.checkpoint.read(part.tensor), math.nan)}
+        with pytest.raises(CheckpointError, match="a compressed form of the model computes NaN or Inf"):
+            searcher.gauge.measure(part.layer, [changed])
+
+
+def test_a_worker_refuses_another_model(model, text, kept, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setattr(finding, "begin_work", lambda *_: None)
+    question = Question(str(model), trawl.Recipe(keep=0.8), kept, calibrate=str(text), calibration_tokens=TOKENS)
+    with pytest.raises(PlanError, match=r"has another model under .*give all machines of the Ray cluster the same"):
+        finding._measure_blocks(question, [0], frozenset(), "another", 1, str(tmp_path))
+
+
 def test_predicted_and_real_damage_go_together(model, text, kept):  # noqa: F811
     found = [
         trawl.find_recipe(model, trawl.Recipe(keep=keep), kept, calibrate=text, calibration_tokens=TOKENS)
@@ -350,6 +366,7 @@ MISTAKES = [
     (("--size", "1GB"), "is no less than"),
     (("--keep", "0.8", "--plain", "--layers", "1"), "one FC width in all its layers"),
     (("--keep", "0.8", "--roles", "q,lm_head"), "lm_head"),
+    (("--keep", "0.42", "--plain"), "no FC width meets the budget, down to 8 of 48 units"),
 ]
 
 

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import trawl_cli
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import trawl
 from tests.integration.test_anchored import with_tokenizer
@@ -17,7 +18,7 @@ from tests.integration.test_compress import StopError, weights_hash
 from tests.integration.test_zoo import logits
 from trawl.calibration import gathering, open_moments
 from trawl.checkpoint import open_folder
-from trawl.errors import PlanError
+from trawl.errors import CheckpointError, PlanError
 from trawl.planning import match_checkpoint
 from trawl.refitting import fitting
 
@@ -297,6 +298,16 @@ def test_plan_says_what_a_refit_takes(model, text):
     recipe = trawl.Recipe(method="narrow", width=32, refit=True)
     notes = trawl.plan(model, recipe, calibrate=text, calibration_tokens=8192).notes
     assert any("both models run on up to 8,192 tokens of sea.txt, and FCs are refitted to" in note for note in notes)
+
+
+def test_a_layer_that_overflows_is_named(model, text, tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(model, source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="layer 1 gives NaN or Inf on the calibration text; check its weights"):
+        run(source, text, tmp_path / "out", {"refit": True})
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["moments", "no moments"])

@@ -90,6 +90,11 @@ def test_another_run_times_what_it_is_asked_for_and_makes_no_row_again(board):
     assert "12.35" in printed
 
 
+def test_a_row_that_is_none_is_refused(board):
+    with pytest.raises(SystemExit, match=r"no such row: trawl --plan; the rows are whitened SVD, .* trawl --plain,"):
+        board("--row", "trawl --plan")
+
+
 def test_rows_of_other_settings_are_not_mixed(board):
     before = (board.folder / "raw.json").read_text()
     with pytest.raises(SystemExit, match="holds rows of other settings"):

@@ -166,6 +166,20 @@ def test_what_was_measured_with_other_damping_or_on_another_text_is_not_known(wo
     assert Ledger.of(tmp_path, workshop.moments, windows).load(piece) is None
 
 
+def test_torn_files_of_what_was_measured_are_made_anew(workshop, tmp_path):
+    workshop, pieces = workshop
+    piece = next(piece for piece in pieces if piece.cut)
+    ledger = Ledger.of(tmp_path, workshop.moments, torch.arange(6).view(2, 3))
+    ledger.save(Measured(piece, [], {("narrow", (16,)): (0.25, 0.5)}))
+    order = ledger.elimination(piece, workshop)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-9])
+    assert ledger.load(piece) is None
+    again = ledger.elimination(piece, workshop)
+    assert torch.equal(again.order, order.order)
+    assert torch.equal(again.costs, order.costs)
+
+
 def output_error(workshop, part, changed):
     """E‖(W − Ŵ) x‖² of one matrix's outputs, by the moments."""
     checkpoint, moment = workshop.checkpoint, workshop.moments.input(part).matrix.double()

@@ -1,7 +1,8 @@
 """Curves: what each size of a piece loses, by the weighted error that its decomposition minimizes.
 
-Losses of one piece are in one unit, E‖e‖² of its outputs as gradients weigh them, so that its structures compare; those
-of Tucker and CP are shares of the whole, and compare with each other only.
+Losses of one piece's SVDs, joint, shared or single, are in one unit, E‖e‖² of its outputs as gradients weigh them, and
+compare. Those of narrow FCs have a floor under the same weights in place of SVD's damping, and ridges, and those of
+Tucker and CP are shares of the whole: each compares with its own kind only.
 """
 
 from __future__ import annotations

@@ -130,12 +130,12 @@ class Refit:
         fitted = [part for number, part in enumerate(parts) if number not in judges]
         self.judged = _joined(part for number, part in enumerate(parts) if number in judges)
         self.fitted = _joined(fitted) if fitted else self.judged
-        count = sum(float(weight.double().sum()) for _, _, weight in parts)
-        self.second, self.mean = sums.matrix() * (sums.tokens / count), mean / count
         if not all(bool(torch.isfinite(tokens.y).all()) for tokens in (self.fitted, self.judged)):
             raise CheckpointError(
                 f"layer {self.inner.block.number} gives NaN or Inf on the calibration text; check its weights"
             )
+        count = sum(float(weight.double().sum()) for _, _, weight in parts)
+        self.second, self.mean = sums.matrix() * (sums.tokens / count), mean / count
 
     @torch.no_grad()
     def solve(self) -> Narrowing:
