@@ -38,7 +38,7 @@ def trawl() -> None:
 
 
 KEPT = {
-    "compress": "; finished stacks are kept in OUT.partial, go on with --resume",
+    "compress": "; finished parts are kept, go on with --resume",
     "sweep": "; finished trials are kept, the same command goes on",
 }
 

@@ -173,7 +173,7 @@ def parse_width(text: str) -> int | float | tuple[int, ...]:
 
 def parse_bytes(text: str, option: str = "--max-memory") -> int:
     """Read ``4GB``, ``500MB`` or a plain number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([kMGT]?)B?", text.strip(), re.IGNORECASE)
     if not match:
         raise click.BadParameter(f"{text!r} is not a size; expected 4GB or 500MB", param_hint=option)
     return int(float(match[1]) * 1000 ** " kMGT".upper().index(match[2].upper() or " "))

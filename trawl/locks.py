@@ -31,7 +31,7 @@ def held(folder: Path, mode: int = 0o777) -> Iterator[None]:
     Args:
         folder: made if absent.
         mode: that it is made with.
-    Raises: PlanError: another run works there now.
+    Raises: PlanError: another run works there now, or there can be no such folder.
     """
     new = not folder.exists()
     with _lock(folder, mode):
@@ -47,7 +47,10 @@ def _lock(folder: Path, mode: int) -> IO[str]:
     """Return the locked file of a folder; it is made again where who held it before has just removed the folder."""
     path = folder / "lock"
     while True:
-        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        except OSError as e:
+            raise PlanError(f"cannot work in {folder}: {e.strerror}; choose another folder") from e
         with suppress(FileNotFoundError):
             lock = path.open("a")
             try:

@@ -108,6 +108,8 @@ def find_recipe(
     Raises: TrawlError: the checkpoint or the budget cannot be used.
     Cost: one calibration, and up to seven runs of some thousand tokens from each layer on.
     """
+    if not recipe.budget:
+        raise PlanError(f"the recipe has method {recipe.method} and no budget to search for; give it keep or size")
     check_refit(recipe, calibrate)
     question = Question(
         model=str(model),
@@ -216,12 +218,15 @@ def _compress_to_budget(run: Run) -> Report:
         raise PlanError("--factors takes factors of a given rank, and a budget chooses ranks; leave one of the two out")
     checkpoint = open_checkpoint(run.model, run.revision)
     target = Workspace(Path(run.out) if run.out is not None else budget_out(checkpoint, run.recipe))
-    finished = run.resume and run.moments is not None and (target.out / "trawl.json").is_file()  # as its damages are
+    folder = target.search if run.moments is None else Path(run.moments)
+    finished = (
+        run.resume and folder.exists() and (target.out / "trawl.json").is_file()
+    )  # what it made, the search tells
     target.check(checkpoint.folder, resume=run.resume, overwrite=run.overwrite, needed=0, finished=finished)
     question = Question(
         model=str(run.model),
         recipe=run.recipe,
-        folder=target.search if run.moments is None else Path(run.moments),
+        folder=folder,
         revision=run.revision,
         calibrate=specs_of(run.calibrate),
         calibration_tokens=run.calibration_tokens,
@@ -231,11 +236,11 @@ def _compress_to_budget(run: Run) -> Report:
     if run.moments is None:
         advice = "repeat the options of the run that stopped, or pass --overwrite to start anew"
         question = replace(question, replace=run.overwrite, advice=advice)
-    with held(question.folder, PRIVATE):
+    with held(folder, PRIVATE):
         found = find(question, run.ray, run.observer)
         text = run.calibrate if found.recipe.refit else None
-        known = replace(run, recipe=found.recipe, out=target.out, calibrate=text, moments=question.folder, found=found)
+        known = replace(run, recipe=found.recipe, out=target.out, calibrate=text, moments=folder, found=found)
         report = known.compress()
         if run.moments is None:
-            shutil.rmtree(question.folder)
+            shutil.rmtree(folder)
     return report

@@ -120,7 +120,8 @@ def _mixed_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> P
                     f"parts of the mixed recipe overlap: stacks {seen[tensor]} and {item.stack.name} both hold "
                     f"{tensor}; give each matrix to one part"
                 )
-    descriptor = replace(describe(described), narrow=narrowed.narrow if narrowed else ())
+    narrow_layers = narrowed.narrow if narrowed else ()
+    descriptor = replace(describe(described), narrow=narrow_layers) if described or narrow_layers else None
     return Plan(checkpoint, match, recipe, tuple(planned), (), descriptor, narrowed=narrowed)
 
 

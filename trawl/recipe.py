@@ -31,6 +31,9 @@ IN_COMMON = (
 )  # of all parts
 
 
+CHOSEN = ("group_layers", "share", "n_iter_max", "tol", "engine")  # by a budget
+
+
 class Recipe(BaseModel):
     """What to decompose, how, and what to write.
 
@@ -118,7 +121,7 @@ class Recipe(BaseModel):
     @classmethod
     def _of_budget(cls, values: Any) -> Any:
         """Make a budget a mixed recipe, weighed by gradients: factored, or plain."""
-        if not isinstance(values, dict) or values.get("keep", values.get("size")) is None:
+        if not isinstance(values, dict) or (values.get("keep") is None and values.get("size") is None):
             return values
         if values.get("method", "mixed") != "mixed":
             raise PlanError(
@@ -152,6 +155,8 @@ class Recipe(BaseModel):
         """Raise PlanError unless the sizes are those that the method takes."""
         narrow = self.method == "narrow"
         given = [name for name in ("width", "kv_heads") if getattr(self, name) is not None]
+        if given and self.budget:
+            raise PlanError(f"{given[0]} is for method narrow, and a budget chooses widths; leave one of the two out")
         if given and not narrow:
             raise PlanError(f"{given[0]} goes with method narrow, and the method is {self.method}; pass --rank INT")
         if narrow and self.rank is not None:
@@ -179,6 +184,12 @@ class Recipe(BaseModel):
             raise PlanError(
                 "an anchored run has one method for all stacks, and a budget chooses; leave one of them out"
             )
+        for name in CHOSEN if self.budget else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise PlanError(
+                    f"{name} is {getattr(self, name)!r}, and a budget chooses how matrices are stacked and decomposed; "
+                    "leave one of the two out"
+                )
         if self.write == "dense" and not self.plain:
             raise PlanError(
                 "a dense output with everything in place is as large as before, and a budget is to make it smaller; "

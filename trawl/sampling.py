@@ -50,7 +50,7 @@ def sample(
         device: where to compute.
         trust_remote_code: whether a checkpoint's own code may run.
         observer: told of progress, in tokens.
-    Returns: the documents, with blank lines between them.
+    Returns: the documents, with blank lines between them, and without NUL characters, which no text holds.
     Raises: PlanError: the model is no causal language model, or no tokens are asked for. LoadError: there is no such
         model, or no tokenizer with it.
     Cost: the whole model in memory, with keys and values of 32 documents; a pass through it for each token of a
@@ -82,7 +82,7 @@ def sample(
             told = _Told(observer, written, tokens, ends)
             for document in _write(model, begin, ends, length, told):
                 written += len(document)
-                texts.append(tokenizer.decode(document, skip_special_tokens=True).strip())
+                texts.append(tokenizer.decode(document, skip_special_tokens=True).replace("\0", "").strip())
     observer("sampling", tokens, tokens)
     return BLANK_LINE.join(text for text in texts if text)
 

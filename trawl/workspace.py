@@ -87,6 +87,8 @@ class Workspace:
             ways = "" if resume is None else "--resume to go on, or "
             raise PlanError(f"{self.partial} holds an interrupted run; pass {ways}--overwrite to start anew")
         parent = next(folder for folder in (out.parent, *out.parent.parents) if folder.exists())
+        if not parent.is_dir():
+            raise PlanError(f"cannot write {self.out}: {parent} is no folder; choose another folder with -o")
         if not os.access(parent, os.W_OK):
             raise PlanError(f"cannot write into {parent}; choose another folder with -o")
         there = folder_bytes(self.partial) if resume or overwrite else 0

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import trawl
 from tests.integration.test_calibrate import cli, model, text  # noqa: F401 (fixtures)
 from tests.integration.test_compress import weights_hash
+from tests.integration.test_zoo import logits
 from trawl.budget import SEARCH_RECORD, Question, finding, searching
 from trawl.budget import damage as damage_module
 from trawl.budget.ledger import Measured
@@ -73,6 +75,32 @@ def names_of(piece):
     if piece["structure"] == "joint":
         groups = ["gateup", "down"] if "gate" in groups else [piece["name"].partition(".")[0]]
     return [f"{group}.{piece['layer']}" for group, rank in zip(groups, piece["sizes"], strict=True) if rank]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox"])
+def test_matrices_that_are_stored_in_one_tensor_are_decomposed_together(family, zoo, tmp_path):
+    """Factors stand in for whole tensors, and q, k and v, or gate and up, are parts of one here."""
+    source = zoo(family)
+    for keep in (0.6, 0.8):
+        options = {"calibration_tokens": TOKENS, "moments": tmp_path / "moments"}
+        trawl.compress(source, trawl.Recipe(keep=keep), tmp_path / str(keep), **options)
+        assert 1 - (stored(source) - stored(tmp_path / str(keep))) / of_layers(source) <= keep
+        assert torch.isfinite(logits(family, tmp_path / str(keep))).all()
+    pieces = json.loads((tmp_path / "0.6" / SEARCH_RECORD).read_text())["pieces"]
+    assert {piece["structure"] for piece in pieces if "q" in piece["roles"]} <= {"dense", "joint", "shared"}
+    with pytest.raises(PlanError, match=r"roles 'q' leave out k, and .* holds q, k, v in one; a budget takes whole"):
+        trawl.compress(source, trawl.Recipe(keep=0.8, roles="q"), tmp_path / "out")
+
+
+def test_one_width_and_nothing_else_is_an_ordinary_checkpoint(model, text, tmp_path, monkeypatch):  # noqa: F811
+    """As a search may find it: with nothing to describe, the config says nothing of trawl."""
+    recipe = trawl.Recipe(method="mixed", write="factored", parts=({"method": "narrow", "width": 32},))
+    trawl.compress(model, recipe, tmp_path / "out", calibrate=text, calibration_tokens=TOKENS)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["intermediate_size"] == 32
+    whole, narrow = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, tmp_path / "out"))
+    assert narrow.num_parameters() < whole.num_parameters()
 
 
 def test_a_size_is_met_on_disk_and_never_exceeded(model, text, kept, tmp_path):  # noqa: F811
@@ -174,6 +202,28 @@ def test_a_budget_that_cannot_be_met_is_refused_before_the_model_is_run(options,
 
 def _no_work(stage, *_):
     raise AssertionError(stage)
+
+
+def test_a_recipe_without_a_budget_is_refused(model, text, tmp_path):  # noqa: F811
+    with pytest.raises(PlanError, match="method svd and no budget to search for; give it keep or size"):
+        trawl.find_recipe(model, trawl.Recipe(method="svd", rank=8), tmp_path / "folder", calibrate=text)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_a_text_of_hardly_a_token_is_enough_to_run(tokens, model, text, tmp_path):  # noqa: F811
+    trawl.compress(model, trawl.Recipe(keep=0.8), tmp_path / "out", calibrate=text, calibration_tokens=tokens)
+
+
+def test_a_run_that_was_killed_right_after_its_output_appeared_is_complete(model, text, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.setattr("trawl.pipeline.shutil", SimpleNamespace(rmtree=_no_work))
+        with pytest.raises(AssertionError):
+            compress(model, tmp_path / "out", text, keep=0.8)
+    before = (tmp_path / "out" / "trawl.json").stat().st_mtime_ns
+    compress(model, tmp_path / "out", text, keep=0.8, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "trawl.json").stat().st_mtime_ns == before
 
 
 def test_the_least_size_that_is_named_can_be_met(model, text, kept, tmp_path):  # noqa: F811
@@ -366,6 +416,10 @@ MISTAKES = [
     (("--size", "1GB"), "is no less than"),
     (("--keep", "0.8", "--plain", "--layers", "1"), "one FC width in all its layers"),
     (("--keep", "0.8", "--roles", "q,lm_head"), "lm_head"),
+    (("--keep", "0.8", "--kv-heads", "1"), "kv_heads is for method narrow, and a budget chooses widths"),
+    (("--keep", "0.8", "--engine", "tensorly"), "engine is 'tensorly', and a budget chooses how"),
+    (("--keep", "0.8", "--group-layers", "1"), "group_layers is 1, and a budget chooses how"),
+    (("--size", f"{'9' * 400}GB"), "is not a size"),
     (("--keep", "0.42", "--plain"), "no FC width meets the budget, down to 8 of 48 units"),
 ]
 

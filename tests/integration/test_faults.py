@@ -362,7 +362,7 @@ def test_a_signal_ends_a_command_with_one_line(number, word, source, tmp_path):
     process.join(60)
     assert process.exitcode == 128 + number
     said = (tmp_path / "errors").read_text()
-    assert said.splitlines()[-1] == f"{word}; finished stacks are kept in OUT.partial, go on with --resume"
+    assert said.splitlines()[-1] == f"{word}; finished parts are kept, go on with --resume"
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
     recipe = trawl.Recipe(rank=64, group_layers=1, tol=0, n_iter_max=9)

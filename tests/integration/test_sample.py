@@ -56,6 +56,15 @@ def test_documents_are_written_until_there_are_enough_and_a_seed_gives_them_agai
     assert trawl.sample(model, 150, seed=1) != text
 
 
+def test_no_document_holds_what_no_text_holds(model, batches, monkeypatch):
+    """A token of a byte-level vocabulary is NUL, which calibration takes for the mark of a binary file."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    decode = type(tokenizer).decode
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *args, **more: f"a\0b {decode(*args, **more)}")
+    assert "\0" not in (text := trawl.sample(model, 20))
+    assert "ab" in text
+
+
 def test_a_document_begins_at_random_and_ends_where_the_model_ends_it(model, batches):
     loaded = AutoModelForCausalLM.from_pretrained(model)
     loaded.generation_config.eos_token_id = [2, 7]

@@ -51,6 +51,13 @@ def test_a_folder_that_its_holder_removes_at_that_moment_is_made_again(tmp_path,
             hold(folder)
 
 
+def test_a_place_where_no_folder_can_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(PlanError, match=rf"cannot work in {folder}: .*; choose another folder"):
+            hold(folder)
+
+
 def test_others_wait_for_a_locked_file(tmp_path):
     order = []
 

@@ -65,6 +65,12 @@ def test_roles_follow_what_the_model_has():
         Recipe(rank=1, roles="").selected_roles(ungated)
 
 
+@pytest.mark.parametrize("budget", [{"keep": None, "size": 2000}, {"size": None, "keep": 0.5}, {"keep": 0.5}])
+def test_a_budget_is_one_whatever_is_said_to_be_none(budget):
+    recipe = Recipe(**budget)
+    assert (recipe.method, recipe.write, recipe.output_weighting) == ("mixed", "factored", "kronecker")
+
+
 def test_a_recipe_survives_yaml(tmp_path):
     for recipe in (
         Recipe(rank=64, layers="20-30", roles="fc", group_layers=2, seed=3),

@@ -23,6 +23,7 @@ from trawl.shards import sealed
 
 FORMAT_VERSION = 2  # the first counted whole factors
 NOISE = 1e-6  # nats a token that no damage is taken to be under
+UNKNOWN = 10.0  # nats a token, where no size that loses anything was measured: taken only if there is no other way
 SLOPES = (0.5, 2.0)  # powers of the loss that damage is believed to go with
 DENSE: Structure = "dense"
 
@@ -103,6 +104,8 @@ def _carry(known: Sequence[tuple[float, float]], loss: float) -> float:
     """Return a damage by a power law through measured (loss, damage), ascending."""
     if loss <= 0:
         return 0.0
+    if not known:
+        return UNKNOWN
     if len(known) == 1:
         return known[0][1] * loss / known[0][0]
     place = next((i for i in range(1, len(known) - 1) if loss < known[i][0]), len(known) - 1)

@@ -82,8 +82,10 @@ class Piece:
         """Those that it can have beside dense and its :attr:`trials`."""
         if self.members:
             return ()
-        joint = any(stack.joined for stack in self.stacks("joint"))
-        return (*(("narrow",) if self.cut else ()), *(("joint",) if joint else ()), "single")
+        found: list[Structure] = ["narrow"] if self.cut else []
+        if any(stack.joined for stack in self.stacks("joint")):
+            found.append("joint")
+        return tuple(found + ["single"] * self._keeps_tensors_whole("single"))
 
     @property
     def trials(self) -> tuple[Structure, ...]:
@@ -91,6 +93,12 @@ class Piece:
         if self.members:
             return ("shared",)
         return ("tucker", "cp") if self.cut and len(self.stacks("tucker")) == 1 else ()
+
+    def _keeps_tensors_whole(self, structure: Structure) -> bool:
+        """Whether all matrices of a stored tensor are in one stack: factors stand in for whole tensors."""
+        found: dict[str, Stack] = {}
+        stacks = self.stacks(structure)
+        return all(found.setdefault(name, stack) is stack for stack in stacks for name in stack.tensors)
 
     def stacks(self, structure: Structure) -> list[Stack]:
         """Return what is decomposed."""
@@ -177,6 +185,8 @@ def make_pieces(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
             f"roles {recipe.roles!r} select {next(iter(strange))}, and a budget chooses among the attention and FC "
             "matrices of a chain of layers; choose other --roles, or give a --rank for these"
         )
+    if not recipe.plain:
+        _check_whole(match, chosen, recipe)
     pieces: list[Piece] = []
     for layer in dict.fromkeys(part.layer for part in chosen):
         members = [part for part in chosen if part.layer == layer]
@@ -188,6 +198,18 @@ def make_pieces(match: FamilyMatch, recipe: Recipe) -> tuple[Piece, ...]:
             members = [part for part in members if part not in whole]
         pieces += [Piece(stack.name, stack.slices) for stack in make_stacks(members, 1, single=True, share="input")]
     return tuple(pieces)
+
+
+def _check_whole(match: FamilyMatch, chosen: Sequence[Placement], recipe: Recipe) -> None:
+    """Raise PlanError where roles take a part of a stored tensor, in place of which no factors can stand."""
+    tensors, taken = {part.tensor for part in chosen}, set(chosen)
+    for part in match.placements:
+        if part.tensor in tensors and part not in taken:
+            held = [each.role for each in match.placements if each.tensor == part.tensor]
+            raise PlanError(
+                f"roles {recipe.roles!r} leave out {part.role}, and {part.tensor} holds {', '.join(held)} in one; a "
+                "budget takes whole tensors: choose all of these roles, or none of them"
+            )
 
 
 def make_pairs(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

@@ -193,7 +193,8 @@ class Searcher:
             indexed = zip(offered, menus, taken, strict=True)
             chosen = tuple((piece, *menu[index]) for piece, menu, index in indexed if index is not None)
             recipe = mixed_recipe(self.recipe, ((piece, form) for piece, form, _ in chosen))
-            excess = 0 if size is None else make_plan(self.checkpoint, recipe, self.family_file).output_bytes - size
+            planned = make_plan(self.checkpoint, recipe, self.family_file)  # which also says whether it can be written
+            excess = 0 if size is None else planned.output_bytes - size
             if excess <= 0:
                 return Found(recipe, chosen)
             budget -= math.ceil(excess / _stored(self.checkpoint, self.pieces)[1])

@@ -137,7 +137,7 @@ def check_causal(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise PlanError(
-            f"{name} predicts no next token, whose loss weighs a layer's outputs; leave --output-weighting out"
+            f"{name} predicts no next token, whose loss weighs a layer's outputs; pass --output-weighting none"
         )
 
 
