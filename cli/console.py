@@ -102,17 +102,19 @@ def _bars(unit: str) -> Iterator[Any]:
 
 
 def _plain() -> Any:
-    last_stage, last_time = "", 0.0
+    last_stage, last_time, last_line = "", 0.0, ""
 
     def observe(stage: str, done: int, total: int | None) -> None:
-        nonlocal last_stage, last_time
+        nonlocal last_stage, last_time, last_line
         now = time.monotonic()
         finished = total is not None and done >= total
         if stage == last_stage and not finished and now - last_time < PLAIN_SECONDS:
             return
-        last_stage, last_time = stage, now
-        share = f" {done / total:.0%}" if total else ""
-        ERR.print(f"{stage}{share}", highlight=False)
+        line = f"{stage} {done / total:.0%}" if total else stage
+        if finished and line == last_line:
+            return
+        last_stage, last_time, last_line = stage, now, line
+        ERR.print(line, highlight=False)
 
     return observe
 

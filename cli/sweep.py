@@ -129,7 +129,7 @@ def _group(text: str) -> Literal["all"] | int:
     """Read a run's length."""
     if text == "all":
         return "all"
-    if not text.isdigit():
+    if not text.isdecimal():
         raise click.BadParameter(f"{text!r} is no number of layers; expected 1,10,all", param_hint="--group-layers")
     return int(text)
 

@@ -34,7 +34,7 @@ from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.hub import open_checkpoint
 from trawl.locks import held
 from trawl.observers import Observer, silent
-from trawl.options import check_anchored, check_together, default_out, pick_device
+from trawl.options import check_anchored, check_moments_folder, check_together, default_out, pick_device
 from trawl.output import copy_side_files, factor_path, load_last_norm, load_result, write_config, write_shards
 from trawl.planned import Plan
 from trawl.planning import make_plan
@@ -83,6 +83,7 @@ class Run:
         state = checkpoint.state()
         planned = make_plan(checkpoint, self.recipe, self.family_file)
         workspace = Workspace(Path(self.out) if self.out is not None else default_out(planned))
+        check_moments_folder(self._kept, checkpoint.folder, workspace.out)
         library = FactorLibrary.open(Path(self.factors)) if self.factors is not None else None
         source = self._source(planned)
         identity = run_identity(planned, library, source)
@@ -112,7 +113,7 @@ class Run:
             report = self._write(planned, workspace, absmax, seconds, started)
             write_records(planned, report, identity, workspace.staged)
             check_unchanged(checkpoint, state, workspace)
-            workspace.publish()
+            workspace.publish(overwrite=self.overwrite)
         return report
 
     @cached_property

@@ -83,7 +83,7 @@ def densify(model: str | Path, out: str | Path, *, overwrite: bool = False, obse
                 copy_file(own_file(checkpoint.folder, name), workspace.staged / name)
         if checkpoint.state() != state:
             raise CheckpointError(f"{checkpoint.folder} changed while it was being read; run the command again")
-        workspace.publish()
+        workspace.publish(overwrite=overwrite)
     return workspace.out
 
 

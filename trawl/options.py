@@ -61,6 +61,17 @@ def check_refit(recipe: Recipe, calibrate: Any) -> None:
         )
 
 
+def check_moments_folder(folder: Path | None, source: Path, out: Path | None = None) -> None:
+    """Raise PlanError for a folder of moments that is, or lies inside, the source or the output."""
+    if folder is None:
+        return
+    kept, origin = folder.resolve(), source.resolve()
+    if kept == origin or origin in kept.parents:
+        raise PlanError(f"moments {folder} equal or lie inside the source {source}, which is never written to")
+    if out is not None and out.resolve() in (kept, *kept.parents):
+        raise PlanError(f"moments {folder} equal or lie inside the output {out}; choose another folder for one of them")
+
+
 def pick_device(device: str, ray: str | None = None) -> torch.device:
     """Resolve ``auto`` to CUDA where there is one, and CUDA to the CPU where Ray's workers have devices of their own.
 
@@ -74,6 +85,8 @@ def pick_device(device: str, ray: str | None = None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as e:
         raise PlanError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from e
+    if chosen.type not in ("cpu", "cuda"):
+        raise PlanError(f"device {device!r} is none that this runs on; expected auto, cpu, cuda or cuda:N")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise PlanError(f"device {device!r} is not on this machine (torch {torch.__version__} sees no GPU); use cpu")
     return chosen

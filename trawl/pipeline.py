@@ -20,7 +20,7 @@ from trawl.hub import open_checkpoint
 from trawl.locks import PRIVATE, held
 from trawl.narrowing import Narrowed
 from trawl.observers import Observer, silent
-from trawl.options import budget_out, check_anchored, check_refit, pick_device
+from trawl.options import budget_out, check_anchored, check_moments_folder, check_refit, pick_device
 from trawl.planned import Plan
 from trawl.planning import make_plan
 from trawl.processor import multiplies_bfloat16
@@ -111,6 +111,7 @@ def find_recipe(
     if not recipe.budget:
         raise PlanError(f"the recipe has method {recipe.method} and no budget to search for; give it keep or size")
     check_refit(recipe, calibrate)
+    check_moments_folder(Path(folder), open_checkpoint(model, revision).folder)
     question = Question(
         model=str(model),
         recipe=recipe,
@@ -219,6 +220,7 @@ def _compress_to_budget(run: Run) -> Report:
     checkpoint = open_checkpoint(run.model, run.revision)
     target = Workspace(Path(run.out) if run.out is not None else budget_out(checkpoint, run.recipe))
     folder = target.search if run.moments is None else Path(run.moments)
+    check_moments_folder(folder, checkpoint.folder, target.out)
     finished = (
         run.resume and folder.exists() and (target.out / "trawl.json").is_file()
     )  # what it made, the search tells

@@ -102,7 +102,10 @@ def _mixed_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> P
     for part in recipe.members():
         if part.method == "narrow":
             assert part.width is not None
-            widths |= fc_widths(match, part.selected_layers(match.layers), part.width)
+            more = fc_widths(match, part.selected_layers(match.layers), part.width)
+            if twice := sorted(widths.keys() & more.keys()):
+                raise PlanError(f"parts of the mixed recipe overlap: two of them narrow layer {twice[0]}")
+            widths |= more
             continue
         stacks = _planned_stacks(checkpoint, match, part)
         described += _described(checkpoint, part, stacks)
@@ -112,14 +115,14 @@ def _mixed_plan(checkpoint: Checkpoint, match: FamilyMatch, recipe: Recipe) -> P
         layers = sorted(widths)
         narrowed = narrow(checkpoint, match, layers, width=tuple(widths[layer] for layer in layers), plain=False)
         planned += _planned_cuts(narrowed)
-    seen: dict[str, str] = {}
-    for item in planned:
-        for tensor in item.stack.tensors:
-            if seen.setdefault(tensor, item.stack.name) != item.stack.name:
-                raise PlanError(
-                    f"parts of the mixed recipe overlap: stacks {seen[tensor]} and {item.stack.name} both hold "
-                    f"{tensor}; give each matrix to one part"
-                )
+    seen: set[Placement] = set()
+    for held in (each for item in planned for each in item.stack.slices):
+        if held in seen:
+            raise PlanError(
+                f"parts of the mixed recipe overlap: two of them hold {held.role} of layer {held.layer}, "
+                f"{held.tensor}; give each matrix to one part"
+            )
+        seen.add(held)
     narrow_layers = narrowed.narrow if narrowed else ()
     descriptor = replace(describe(described), narrow=narrow_layers) if described or narrow_layers else None
     return Plan(checkpoint, match, recipe, tuple(planned), (), descriptor, narrowed=narrowed)

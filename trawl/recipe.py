@@ -26,9 +26,12 @@ IN_COMMON = (
     "output_weighting",
     "refit",
     "seed",
+    "n_iter_max",
+    "tol",
     "compute",
     "engine",
 )  # of all parts
+OWN = ("layers", "roles", "group_layers", "share")  # of each part
 
 
 CHOSEN = ("group_layers", "share", "n_iter_max", "tol", "engine")  # by a budget
@@ -199,8 +202,8 @@ class Recipe(BaseModel):
             raise PlanError(
                 "plain is for a budget's ordinary checkpoint, which is written dense; leave one of them out"
             )
-        if any(part.method == "mixed" for part in self.parts):
-            raise PlanError("a part of a mixed recipe has one method: cp, tucker, svd or narrow")
+        if self.parts:
+            _check_parts(self)
         return self
 
     @property
@@ -336,6 +339,22 @@ class Recipe(BaseModel):
     def layers_per_stack(self) -> int | None:
         """Layers in one stack, None for all."""
         return None if self.group_layers == "all" else self.group_layers
+
+
+def _check_parts(recipe: Recipe) -> None:
+    """Raise PlanError where parts of a mixed recipe, or the whole, have what the other is to have."""
+    fields = Recipe.model_fields
+    for name in OWN:
+        if getattr(recipe, name) != fields[name].default:
+            raise PlanError(f"{name} is {getattr(recipe, name)!r}, and each part of a mixed recipe has its own")
+    for part in recipe.parts:
+        if part.method == "mixed":
+            raise PlanError("a part of a mixed recipe has one method: cp, tucker, svd or narrow")
+        if part.method == "narrow" and (part.width is None or part.kv_heads is not None or part.roles != "all"):
+            raise PlanError("a narrow part of a mixed recipe takes a width, and neither kv_heads nor roles")
+        for name in (*IN_COMMON, "anchored"):
+            if getattr(part, name) != fields[name].default:
+                raise PlanError(f"{name} of a part is {getattr(part, name)!r}; give it to the mixed recipe as a whole")
 
 
 def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:

@@ -247,7 +247,11 @@ def model_card(planned: Plan, report: Report, record: Mapping[str, Any]) -> str:
     lines = [f"# {name}, {title} with TRAWL", "", intro, "", settings, "", *_table(report.stacks, after), "", meaning]
     if report.weak_stacks:
         lines += ["", f"**{weak_warning(report)}**"]
-    lines += ["", "Every other tensor is byte-identical to the source. Exact versions and hashes are in `trawl.json`."]
+    others = "Every other tensor"
+    if planned.narrowed:
+        norm = "" if report.last_norm == 1.0 else ", and the norm in front of the head,"
+        others += f", but for biases of the modules above{norm}"
+    lines += ["", f"{others} is byte-identical to the source. Exact versions and hashes are in `trawl.json`."]
     if record["command"]:
         lines += ["", "```", record["command"], "```"]
     return _front_matter(planned) + "\n".join(lines) + "\n"

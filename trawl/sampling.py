@@ -58,6 +58,8 @@ def sample(
     """
     if tokens < 1:
         raise PlanError(f"{tokens} tokens are to be sampled; expected a number from 1, such as {DEFAULT_SAMPLE}")
+    if not 0 <= seed < 1 << 63:
+        raise PlanError(f"seed is {seed}; expected a number from 0 that has 63 bits")
     subject = open_subject(
         model,
         (),
@@ -125,9 +127,17 @@ def _write(model: Any, begin: Tensor, ends: list[int], length: int, told: _Told)
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
-    found = model.generate(
-        begin, attention_mask=torch.ones_like(begin), generation_config=config, stopping_criteria=[told]
-    )
+    try:
+        found = model.generate(
+            begin, attention_mask=torch.ones_like(begin), generation_config=config, stopping_criteria=[told]
+        )
+    except RuntimeError as e:
+        if "probability tensor" not in str(e):
+            raise
+        raise PlanError(
+            "the model's predictions are NaN or Inf, so nothing can be sampled from it; its weights may hold NaN, or "
+            "overflow: try --dtype float32"
+        ) from e
     documents = []
     for row in found.tolist():
         stop = next((place for place in range(begin.shape[1], len(row)) if row[place] in ends), len(row))

@@ -21,7 +21,8 @@ class Workspace:
     """The folders of one run.
 
     ``OUT.partial/`` holds ``lock`` (held by the run that works there), ``run.json`` (the run's identity), ``factors/``
-    (sealed factor files), ``moments/`` (of a calibration) and ``out/`` (what becomes OUT). It is private to the user;
+    (sealed factor files), ``moments/`` (of a calibration), ``out/`` (what becomes OUT) and, for the moment between two
+    renames, ``replaced/`` (what was OUT). It is private to the user;
     ``out/`` is made as the umask says. Publishing renames ``out/`` to OUT and removes the rest.
 
     Attributes:
@@ -29,6 +30,10 @@ class Workspace:
     """
 
     out: Path
+
+    def __post_init__(self) -> None:
+        if self.out.name in ("", "..", "."):
+            raise PlanError(f"output {self.out} has no name of its own; name the folder to make with -o")
 
     @property
     def partial(self) -> Path:
@@ -57,7 +62,8 @@ class Workspace:
 
     @property
     def _replaced(self) -> Path:
-        return self.out.with_name(self.out.name + ".replaced")
+        """Where the folder goes whose place the output takes, until that is there."""
+        return self.partial / "replaced"
 
     def check(self, source: Path, *, resume: bool | None, overwrite: bool, needed: int, finished: bool = False) -> None:
         """Raise before anything is written if the output cannot be placed.
@@ -97,15 +103,17 @@ class Workspace:
             raise PlanError(f"the disk of {parent} is too small: {needed:,} bytes needed, {free:,} free")
 
     def _check_free(self, *, overwrite: bool) -> None:
-        """Raise where OUT is there, be it a link to nowhere, and is not to be replaced."""
+        """Raise where OUT is there, be it a link to nowhere, and is not to be replaced, or is no checkpoint."""
         if os.path.lexists(self.out) and not overwrite:
             raise PlanError(f"output {self.out} exists; pass --overwrite to replace it, or another folder with -o")
+        if self.out.exists() and not (self.out / "config.json").exists() and not _is_empty(self.out):
+            raise PlanError(f"output {self.out} is no checkpoint, and is not replaced; choose another folder with -o")
 
     def _check_partial(self) -> None:
         """Raise where the folder to work in is somebody else's, or another run works there now."""
         if not os.path.lexists(self.partial):
             return
-        known = {"lock", "run.json", "run.json.partial", "factors", "moments", "out"}
+        known = {"lock", "run.json", "run.json.partial", "factors", "moments", "out", "replaced"}
         held = {path.name for path in self.partial.iterdir()} if self.partial.is_dir() else {""}
         if held - known or self.partial.is_symlink():
             raise PlanError(f"{self.partial} is no run's folder; move it away, or choose another -o")
@@ -155,7 +163,7 @@ class Workspace:
                 self._check_free(overwrite=overwrite)
                 yield
             except BaseException:
-                if self.partial.exists() and not any(self._sealed()):
+                if self.partial.exists() and not any(self._sealed()) and not os.path.lexists(self._replaced):
                     _remove(self.partial)
                 raise
 
@@ -179,7 +187,6 @@ class Workspace:
         self._check_partial()
         if self.partial.exists():
             with self._held(fcntl.LOCK_EX):
-                _remove(self._replaced)
                 _remove(self.partial)
 
     def _check_identity(self, record: Path, identity: Mapping[str, Any]) -> None:
@@ -195,15 +202,18 @@ class Workspace:
                 "Repeat that run's options, or pass --overwrite to start anew"
             )
 
-    def publish(self) -> None:
-        """Make the staged folder appear as OUT, by one rename, and remove the workspace."""
+    def publish(self, *, overwrite: bool) -> None:
+        """Make the staged folder appear as OUT, by one rename, and remove the workspace.
+
+        Raises: PlanError: somebody else has made OUT since, and it is not to be replaced.
+        """
         sync_tree(self.staged)
+        self._check_free(overwrite=overwrite)
         _remove(self._replaced)
         if os.path.lexists(self.out):
             self.out.rename(self._replaced)
         self.staged.rename(self.out)
         sync_folder(self.out.resolve().parent)
-        _remove(self._replaced)
         _remove(self.partial)
 
 
@@ -222,6 +232,11 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 20 else text[:12] + "…"
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a path is a folder without anything in it."""
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _remove(path: Path) -> None:

@@ -479,6 +479,45 @@ def test_parts_that_overlap_are_refused(model, tmp_path):  # noqa: F811
         trawl.compress(model, trawl.Recipe(method="mixed", parts=parts, write="factored"), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            ({"method": "narrow", "width": 24}, {"method": "tucker", "rank": 6, "roles": "fc", "group_layers": 1}),
+            "two of them hold gate of layer 0",
+        ),
+        (
+            ({"method": "narrow", "width": 24, "layers": "0-1"}, {"method": "narrow", "width": 16, "layers": "1"}),
+            "two of them narrow layer 1",
+        ),
+        (({"method": "svd", "rank": 4, "roles": "q"}, {"method": "svd", "rank": 6, "roles": "q"}), "overlap"),
+        (({"method": "narrow", "kv_heads": 1},), "takes a width, and neither kv_heads nor roles"),
+        (({"method": "narrow", "width": 24, "roles": "attn"},), "takes a width, and neither kv_heads nor roles"),
+        (({"method": "svd", "rank": 4, "roles": "q", "seed": 1},), "seed of a part is 1; give it to the mixed recipe"),
+        (({"method": "svd", "rank": 4, "roles": "q", "anchored": True},), "anchored of a part is True"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused_by_plan(parts, message, model):  # noqa: F811
+    with pytest.raises(PlanError, match=message):
+        trawl.plan(model, trawl.Recipe(method="mixed", parts=parts, write="factored"))
+
+
+def test_what_each_part_has_for_itself_is_not_given_to_the_whole():
+    part = {"method": "svd", "rank": 4, "roles": "q"}
+    for name, value in (("layers", "0"), ("roles", "q"), ("group_layers", 1)):
+        with pytest.raises(PlanError, match=f"{name} is .*, and each part of a mixed recipe has its own"):
+            trawl.Recipe(method="mixed", write="factored", parts=(part,), **{name: value})
+    whole = trawl.Recipe(method="mixed", write="factored", parts=(part,), n_iter_max=3, tol=0.5)
+    assert [(one.n_iter_max, one.tol) for one in whole.members()] == [(3, 0.5)]
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_parts_of_one_stored_tensor_may_be_given_by_hand(family, zoo, tmp_path):
+    parts = ({"method": "svd", "rank": 6, "roles": "q,k,v", "group_layers": 1},)
+    trawl.compress(zoo(family), trawl.Recipe(method="mixed", parts=parts, write="factored"), tmp_path / "out")
+    assert torch.isfinite(logits(family, tmp_path / "out")).all()
+
+
 def test_a_mixed_recipe_with_every_method_writes_loads_and_densifies(model, tmp_path):  # noqa: F811
     parts = (
         {"method": "svd", "rank": 8, "roles": "q,k,v", "share": "input", "layers": "0"},

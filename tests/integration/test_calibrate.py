@@ -165,6 +165,23 @@ def test_moments_that_another_run_makes_are_not_made_beside_it(model, text, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "moments"]
 
 
+def test_moments_lie_neither_in_the_source_nor_in_the_output(model, text, tmp_path):
+    before = sorted(path.name for path in model.iterdir())
+    for moments, message in (
+        (model / "moments", "equal or lie inside the source"),
+        (model, "equal or lie inside the source"),
+        (tmp_path / "out", "equal or lie inside the output"),
+        (tmp_path / "out" / "moments", "equal or lie inside the output"),
+    ):
+        for recipe in (RECIPE, trawl.Recipe(keep=0.8)):
+            with pytest.raises(PlanError, match=message):
+                trawl.compress(model, recipe, tmp_path / "out", calibrate=text, moments=moments)
+    with pytest.raises(PlanError, match="equal or lie inside the source"):
+        trawl.find_recipe(model, trawl.Recipe(keep=0.8), model / "moments", calibrate=text)
+    assert sorted(path.name for path in model.iterdir()) == before
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_disk_that_is_asked_for_is_no_more_than_is_used(model, text):
     """Hidden states wait on disk of no more than 32 windows, however long the text."""
     checkpoint, match = opened(model)

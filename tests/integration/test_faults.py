@@ -444,3 +444,48 @@ def test_a_download_that_breaks_off(source, undisturbed, tmp_path):
     found = contents(tmp_path / "out")
     shards = [name for name in undisturbed if name.endswith(".safetensors")]
     assert {name: found[name] for name in shards} == {name: undisturbed[name] for name in shards}
+
+
+def test_a_neighbour_of_any_name_is_left_alone(source, tmp_path):
+    for number, options in enumerate(({}, {"overwrite": True})):
+        for name in ("out.replaced", "out.search"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "precious").write_text("kept")
+        trawl.compress(source, RECIPE.model_copy(update={"seed": number}), tmp_path / "out", **options)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced", "out.search"]
+        assert (tmp_path / "out.replaced" / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("stage", ["checking", "decomposing", "writing"])
+def test_an_output_that_appears_during_the_work_is_not_replaced(stage, source, tmp_path, second):
+    """What was made stays, and goes where it belongs once the place is free."""
+    out = tmp_path / "out"
+
+    def meanwhile(name, *_):
+        if name.startswith(stage) and not out.exists():
+            out.mkdir()
+            (out / "precious").write_text("kept")
+
+    with pytest.raises(PlanError, match="exists; pass --overwrite"):
+        trawl.compress(source, RECIPE, out, observer=meanwhile)
+    assert (out / "precious").read_text() == "kept"
+    shutil.rmtree(out)
+    second(out, resume=True)
+
+
+def test_only_a_checkpoint_is_overwritten(source, tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in ("folder/thesis.tex", "file"):
+        (tmp_path / name).write_text("kept")
+    for name in ("folder", "file"):
+        with pytest.raises(PlanError, match=rf"{name} is no checkpoint, and is not replaced"):
+            trawl.compress(source, RECIPE, tmp_path / name, overwrite=True)
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"kept"}
+
+
+@pytest.mark.parametrize("name", [".", "..", "new/.."])
+def test_an_output_without_a_name_is_refused(name, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match="has no name of its own"):
+        trawl.compress(source, RECIPE, name, overwrite=True)
+    assert list(tmp_path.iterdir()) == []

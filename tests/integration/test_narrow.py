@@ -298,3 +298,10 @@ def test_an_unlisted_family_is_narrowed_when_factored(tmp_path, results):
     tokens = torch.arange(3, 35).reshape(2, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_falcons_own_linear_modules_are_narrowed_too(zoo, tmp_path):
+    narrow(zoo("falcon"), tmp_path / "out", width=(40, 24), write="factored")
+    densify(tmp_path / "out", tmp_path / "dense")
+    narrowed, widened = (logits("falcon", tmp_path / name) for name in ("out", "dense"))
+    torch.testing.assert_close(narrowed, widened, rtol=1e-4, atol=1e-4)

@@ -216,6 +216,7 @@ def test_an_unfinished_study_says_how_far_it_is():
 def test_a_study_that_has_scored_nothing_still_has_a_page():
     values = small("searching", best=None, best_of_layer={}, front=[])
     values["base"] = {"validation": None, "test": None}
+    values["tasks"] = [task | {"test": None} for task in values["tasks"]]
     for trial in values["trials"]:
         trial |= {"state": "waiting", "validation": None, "stacks": [], "kept": None}
     page = sweep_page(read_study(values), silent)

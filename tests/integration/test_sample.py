@@ -65,6 +65,16 @@ def test_no_document_holds_what_no_text_holds(model, batches, monkeypatch):
     assert "ab" in text
 
 
+def test_a_model_that_predicts_nan_and_a_seed_of_too_many_bits_are_refused(model):
+    loaded, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    with pytest.raises(PlanError, match="expected a number from 0 that has 63 bits"):
+        trawl.sample(loaded, 20, tokenizer=tokenizer, seed=1 << 63)
+    with torch.no_grad():
+        loaded.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(PlanError, match="predictions are NaN or Inf, so nothing can be sampled"):
+        trawl.sample(loaded, 20, tokenizer=tokenizer)
+
+
 def test_a_document_begins_at_random_and_ends_where_the_model_ends_it(model, batches):
     loaded = AutoModelForCausalLM.from_pretrained(model)
     loaded.generation_config.eos_token_id = [2, 7]

@@ -23,12 +23,14 @@ import trawl
 from tests.integration.test_eval import make_tokenizer, sentence
 from trawl.errors import PlanError, ResumeError
 from trawl.evaluation import parse_task
-from trawl.sweeps.records import OutcomeFiles
+from trawl.sweeps.planner import Planner
+from trawl.sweeps.records import OutcomeFiles, rebuild_commands
 from trawl.sweeps.scores import estimate
-from trawl.sweeps.space import Intervention
+from trawl.sweeps.setup import Setup
+from trawl.sweeps.space import Intervention, Space
 from trawl.sweeps.split import split_task
 
-pytest.importorskip("optuna", reason="needs the extra: pip install 'trawl-llm[sweep]'")
+optuna = pytest.importorskip("optuna", reason="needs the extra: pip install 'trawl-llm[sweep]'")
 
 GRID = {"methods": ("cp", "svd"), "ranks": (2, 6), "objectives": ("log_loss", "accuracy"), "validation": 0.5}
 MANY = {"methods": ("cp", "svd"), "ranks": (1, 2, 5), "objectives": ("log_loss",)}  # 18 interventions
@@ -317,6 +319,38 @@ def test_two_processes_share_the_work(undisturbed, model, tasks, tmp_path):
     assert sum(workers.values()) == 18
 
 
+def test_an_unfinished_sweep_has_a_page(model, tasks, run, tmp_path, monkeypatch):
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr("trawl.sweeps.sweeping._Run._test", stop)
+    with pytest.raises(InterruptedError):
+        trawl.sweep(model, tasks["small"], tmp_path / "study", **FEW, validation=0.5)
+    code, _, err = run("report", tmp_path / "study")
+    assert code == 0, err
+    assert "test records not scored yet" in next((tmp_path / "study").rglob("*.html")).read_text()
+
+
+def test_what_a_process_died_on_giving_back_is_tried(model, tasks, tmp_path, monkeypatch):
+    from trawl.sweeps.study import TrialQueue
+
+    options = FEW | {"ranks": (2, 3), "validation": 0.5}
+
+    def stop(*_):
+        raise InterruptedError
+
+    for owner, name in (
+        (TrialQueue, "finish"),
+        (optuna.Study, "enqueue_trial"),
+    ):  # a worker dies, then who takes its trial back
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            with pytest.raises(InterruptedError):
+                trawl.sweep(model, tasks["small"], tmp_path / "study", **options)
+    result = trawl.sweep(model, tasks["small"], tmp_path / "study", **options)
+    assert {trial["rank"]: trial["state"] for trial in result.results["trials"]} == {2: "complete", 3: "complete"}
+
+
 def test_a_torn_line_of_the_journal_is_cut_off(grid, model, tasks, tmp_path):
     specs, out = [tasks["qa"], tasks["small"]], tmp_path / "study"
     trawl.sweep(model, specs, out, **GRID, trials=3)
@@ -367,6 +401,38 @@ def test_a_sweep_goes_on_when_its_task_files_lie_elsewhere(grid, model, tasks, t
     file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")
     with pytest.raises(ResumeError, match="differs in tasks;"):
         trawl.sweep(model, there, out, **GRID)
+
+
+def test_another_tokenizer_is_another_sweep(model, tasks, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    trawl.sweep(tmp_path / "model", tasks["small"], tmp_path / "study", **FEW, validation=0.5)
+    make_tokenizer(bos=False).save_pretrained(tmp_path / "model")
+    with pytest.raises(ResumeError, match="a sweep that differs in tokenizer"):
+        trawl.sweep(tmp_path / "model", tasks["small"], tmp_path / "study", **FEW, validation=0.5)
+
+
+def test_what_is_given_twice_is_tried_once(model, tasks, tmp_path):
+    options = FEW | {"ranks": (2, 2), "roles": ("q", "q"), "methods": ("svd", "svd"), "validation": 0.5}
+    assert len(trawl.sweep(model, tasks["small"], tmp_path / "study", **options).rows) == 1
+
+
+def test_factors_of_any_number_of_ranks_have_a_folder_of_their_own(model, tasks, tmp_path):
+    names = set()
+    for most in (3, 4, 100, 101):
+        setup = Setup(str(model), Space(tuple(range(1, most + 1))), (tasks["small"],))
+        names.add(Planner(setup, tmp_path).library_folder("cp").name)
+    assert "cp-1-2-3" in names
+    assert len(names) == 4
+    assert max(map(len, names)) < 200
+
+
+def test_a_winners_command_names_the_revision_that_it_starts_from():
+    item = Intervention("svd", "q", "2", 1, 4)
+    options = {"libraries": {"svd": "lib"}, "seed": 0, "n_iter_max": None, "tol": None, "revision": "v2"}
+    first, second = rebuild_commands("org/model", [item, item], Path("study"), options)
+    assert "trawl compress org/model " in first
+    assert "--revision v2 " in first
+    assert "--revision" not in second
 
 
 def test_another_sweeps_folder_is_refused_with_what_differs(grid, model, tasks, tmp_path):
@@ -535,6 +601,13 @@ MISTAKES = [
     (["--ranks", "4", "--task", "{small}", "--validation", "1"], "validation share is 1.0"),
     (["--ranks", "4", "--task", "{small}", "--dtype", "flaot32"], "did you mean 'float32'"),
     (["--ranks", "4", "--task", "{small}", "--storage", "nosql://x"], "PlanError: cannot open the study in nosql"),
+    (["--ranks", "2x2x2", "--task", "{small}"], "rank triples are for method tucker, and the methods are cp"),
+    (["--ranks", "4", "--task", "{small}", "--group-layers", "²"], "'²' is no number of layers"),
+    (["--ranks", "4", "--task", "{small}", "--patience", "nan"], "patience is not a number"),
+    (["--ranks", "4", "--task", "{small}", "--noise", "nan"], "noise is nan; expected a number from 0"),
+    (["--ranks", "4", "--task", "{small}", "--compose", "-1"], "compose is -1; expected a number from 0"),
+    (["--ranks", "4", "--task", "{small}", "--batch-tokens", "0"], "batch_tokens is 0; expected at least 1"),
+    (["--ranks", "4", "--task", "{small}", "--device", "gpu"], "unknown device 'gpu'"),
     (["--ranks", "4"], "Missing option.*--task"),
     (["--task", "{small}"], "Missing option.*--ranks"),
 ]
@@ -558,6 +631,8 @@ def test_a_database_takes_the_place_of_the_journal(model, tasks, tmp_path):
     assert comparable(trawl.sweep(model, tasks["small"], tmp_path / "study", **options)) == comparable(first)
     elsewhere = trawl.sweep(model, tasks["small"], tmp_path / "elsewhere", **options)  # without the first one's scores
     assert comparable(elsewhere) == comparable(first)
+    other = trawl.sweep(model, tasks["small"], tmp_path / "other", **options | {"ranks": (3, 4)})  # of its own study
+    assert [row["rank"] for row in other.rows] == ["3", "4"]
 
 
 def test_seeds_draw_different_parts(model, tasks, tmp_path):

@@ -197,3 +197,10 @@ def test_length_normalised_predictions_divide_by_characters():
     assert predictions(record, [Likelihood(-2.0, 1, False), Likelihood(-4.0, 2, False)]) == (0, 1)
     assert predictions(record, [Likelihood(-2.0, 1, False), Likelihood(-2.0, 1, False)]) == (0, 1)
     assert predictions(Choice(1, "q", ("aa", "bb"), 0), [Likelihood(-1.0, 1, False)] * 2) == (0, 0)
+
+
+def test_where_a_choice_is_nan_none_is_the_likeliest():
+    record = Choice(1, "Is it?", ("yes", "no"), 0)
+    assert predictions(record, [Likelihood(-1.0, 1, True), Likelihood(-2.0, 1, True)]) == (0, 0)
+    assert predictions(record, [Likelihood(math.nan, 1, True), Likelihood(-2.0, 1, True)]) == (-1, -1)
+    assert predictions(record, [Likelihood(-1.0, 1, True), Likelihood(math.nan, 1, True)]) == (-1, -1)

@@ -236,12 +236,14 @@ def test_what_decides_results_is_a_sweeps_identity(spec):
     setup = Setup("model", Space((4,)), (spec("qa", 40),))
     tasks = setup.parsed()
     same = Setup("elsewhere", Space((4,)), setup.tasks, trials=3, device="cpu", batch_tokens=9, prefix_memory=0)
-    assert same.identity("weights", tasks) == setup.identity("weights", tasks)
+    assert same.identity("weights", "tokenizer", tasks) == setup.identity("weights", "tokenizer", tasks)
     for other in (
         Setup("model", Space((4, 8)), setup.tasks),
         Setup("model", Space((4,)), setup.tasks, seed=1),
         Setup("model", Space((4,)), setup.tasks, patience=None),
     ):
-        assert other.identity("weights", tasks) != setup.identity("weights", tasks)
-    assert setup.identity("others", tasks) != setup.identity("weights", tasks)
-    assert setup.identity("weights", (parse_task(spec("qa", 41)),)) != setup.identity("weights", tasks)
+        assert other.identity("weights", "tokenizer", tasks) != setup.identity("weights", "tokenizer", tasks)
+    assert setup.identity("weights", "another", tasks) != setup.identity("weights", "tokenizer", tasks)
+    assert setup.identity("others", "tokenizer", tasks) != setup.identity("weights", "tokenizer", tasks)
+    other_task = (parse_task(spec("qa", 41)),)
+    assert setup.identity("weights", "tokenizer", other_task) != setup.identity("weights", "tokenizer", tasks)

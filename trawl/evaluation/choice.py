@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from trawl.errors import PlanError
 from trawl.evaluation.qa import check_any
 from trawl.evaluation.results import TaskResult, mean
@@ -72,7 +74,9 @@ def _requests(subject: Subject, task: ChoiceTask, record: Choice) -> list[Reques
 
 
 def predictions(record: Choice, scored: list[Likelihood]) -> tuple[int, int]:
-    """Return the likeliest choice, and the likeliest by its length in characters."""
+    """Return the likeliest choice, and the likeliest by its length in characters; -1, no choice, where one is NaN."""
+    if any(math.isnan(each.total) for each in scored):
+        return -1, -1
     numbers = range(len(scored))
     plain = max(numbers, key=lambda c: scored[c].total)
     by_length = max(numbers, key=lambda c: scored[c].total / len(record.choices[c]))

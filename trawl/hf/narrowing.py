@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from trawl.errors import LoadError
-from trawl.hf.replacement import OUT_AXIS, Locate
+from trawl.hf.replacement import Locate, multiplies, out_axis_of
 from trawl.narrow_tensor import NarrowTensor
 
 
@@ -47,7 +47,7 @@ def _find(model: nn.Module, part: NarrowTensor, locate: Locate) -> tuple[nn.Modu
             f"{what}, but {type(model).__name__} has no parameter {name}; load it with the class that config.json "
             "names under architectures"
         ) from e
-    if type(module) not in OUT_AXIS or shape != part.full:
+    if not multiplies(module) or shape != part.full:
         raise LoadError(
             f"{what} in place of {part.full}, but {name} of {type(model).__name__} is {shape} in a "
             f"{type(module).__name__}; expected that shape in nn.Linear or Conv1D"
@@ -60,7 +60,7 @@ def _put(module: nn.Module, leaf: str, parameter: nn.Parameter) -> None:
     parameter.requires_grad_(module.get_parameter(leaf).requires_grad)
     module.register_parameter(leaf, parameter)
     if leaf == "weight":
-        out, into = parameter.shape if OUT_AXIS[type(module)] == 0 else parameter.shape[::-1]
+        out, into = parameter.shape if out_axis_of(module) == 0 else parameter.shape[::-1]
         names = ("out_features", "in_features") if isinstance(module, nn.Linear) else ("nf", "nx")
         for name, size in zip(names, (out, into), strict=True):
             setattr(module, name, size)

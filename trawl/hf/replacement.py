@@ -69,7 +69,7 @@ def _replacements(
     for tensor, slices in descriptor.slices.items():
         path, module = found[tensor]
         try:
-            made = [make_part(stacks[stack.name], index, _out_axis(module)) for stack, index in slices]
+            made = [make_part(stacks[stack.name], index, out_axis_of(module)) for stack, index in slices]
         except ShapeError as e:
             raise LoadError(f"tensor {tensor}: {e}") from e
         by_parent.setdefault(path.rpartition(".")[0], []).extend((tensor, part) for part in made)
@@ -81,7 +81,7 @@ def _replacements(
     return {
         path: FactoredEmbedding(parts[tensor][0], module)
         if isinstance(module, nn.Embedding)
-        else FactoredLinear(parts[tensor], _out_axis(module), module.bias)
+        else FactoredLinear(parts[tensor], out_axis_of(module), module.bias)
         for tensor, (path, module) in found.items()
     }
 
@@ -107,12 +107,12 @@ def _tied_weights(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _out_axis(module: Module) -> int:
+def out_axis_of(module: nn.Module) -> int:
     """Return the stored axis of a module's weight that is its output."""
     return 1 if isinstance(module, nn.Embedding) else OUT_AXIS.get(type(module), OUT_AXIS[nn.Linear])
 
 
-def _multiplies(module: nn.Module) -> bool:
+def multiplies(module: nn.Module) -> bool:
     """Whether a module multiplies by its weight, and does nothing else but add a bias."""
     return type(module) in OUT_AXIS or (isinstance(module, nn.Linear) and type(module).__name__ == PLAIN_LINEAR)
 
@@ -129,7 +129,7 @@ def _find(model: nn.Module, descriptor: Descriptor, tensor: str, locate: Locate)
             f"{what}, but {type(model).__name__} has no module {path}; load it with the class that config.json names "
             "under architectures"
         ) from e
-    if leaf != "weight" or not (_multiplies(module) or embeds(module)):
+    if leaf != "weight" or not (multiplies(module) or embeds(module)):
         raise LoadError(
             f"{what}, which in {type(model).__name__} belongs to a {type(module).__name__} and not to nn.Linear, "
             "Conv1D or nn.Embedding; write the checkpoint with --write dense"

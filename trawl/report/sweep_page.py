@@ -91,7 +91,7 @@ def headline(study: Study) -> str:
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
     """Return the study's circumstances."""
     tasks = ", ".join(
-        f"{task['task']} ({task['validation']:,} validation, {task['test']:,} test records)" for task in study.tasks
+        f"{task['task']} ({task['validation']:,} validation, {_tested(task['test'])})" for task in study.tasks
     )
     return (
         ("Model", f"{study.model} ({study.family}, {study.layers} layers, {study.parameters:,} parameters)"),
@@ -99,6 +99,11 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
         ("Search", f"{study.sampler}, {', '.join(study.objectives)}, seed {study.seed}"),
         ("Command", study.command or "from Python"),
     )
+
+
+def _tested(records: int | None) -> str:
+    """Say how large the test part is; it is scored last, and counted then."""
+    return "test records not scored yet" if records is None else f"{records:,} test records"
 
 
 def tiles(study: Study) -> tuple[Tile, ...]:

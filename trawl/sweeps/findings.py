@@ -132,6 +132,7 @@ class Findings:
             "seed": setup.seed,
             "n_iter_max": setup.n_iter_max,
             "tol": setup.tol,
+            "revision": setup.revision,
         }
         tried = self.tried()
         scored = base["validation"].scores.tasks if base["validation"] else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from trawl.planning import make_plan, match_checkpoint
 from trawl.recipe import Recipe
 from trawl.sweeps.setup import Setup
 from trawl.sweeps.space import Intervention, Rank, rank_text
+
+LONGEST = 120  # letters of a library's name, which lists its ranks: file systems take 255 bytes
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "spiece", "sentencepiece")
 
 
 @dataclass(eq=False)
@@ -38,6 +42,15 @@ class Planner:
         """Layers of the model."""
         return self.match.layers
 
+    @property
+    def tokenizer(self) -> str:
+        """Digest of the tokenizer's files, which decide every figure as the weights do."""
+        found = hashlib.sha256()
+        for name in self.checkpoint.side_files:
+            if name.name.startswith(TOKENIZER_FILES):
+                found.update(f"{name}\0".encode() + (self.checkpoint.folder / name).read_bytes())
+        return found.hexdigest()[:16]
+
     def check(self, interventions: Sequence[Intervention]) -> tuple[tuple[Intervention, ...], tuple[str, ...]]:
         """Return the interventions that the model's shapes allow, and why the others are left out.
 
@@ -57,6 +70,11 @@ class Planner:
             f"{first} (and {len(others)} other runs of layers)" if others else first
             for first, *others in refused.values()
         )
+        if not interventions:
+            raise PlanError(
+                "nothing to try: rank triples are for method tucker, and the methods are "
+                f"{', '.join(self.setup.space.methods)}; give --ranks integers, or --method tucker"
+            )
         if not kept:
             raise PlanError(f"no intervention fits the model: {notes[0]}")
         return tuple(kept), notes
@@ -72,7 +90,10 @@ class Planner:
     def library_folder(self, method: str) -> Path:
         """Where the factor files of a method at the sweep's ranks lie."""
         ranks = (rank_text(rank).replace(",", "x") for rank in self.setup.space.ladder(method))
-        return self.folder / "factors" / "-".join([method, *ranks])
+        name = "-".join([method, *ranks])
+        if len(name) > LONGEST:
+            name = f"{method}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return self.folder / "factors" / name
 
     def library(self, method: str) -> FactorLibrary:
         """Return the factor files of a method at the sweep's ranks."""

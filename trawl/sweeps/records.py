@@ -107,6 +107,8 @@ def rebuild_commands(
         words += ["--layers", item.layers, "--roles", item.roles, "--seed", str(options["seed"])]
         for flag, value in (("--n-iter-max", options["n_iter_max"]), ("--tol", options["tol"])):
             words += [] if value is None else [flag, str(value)]
+        if options["revision"] is not None and number == 1:  # later ones start from what the first has made
+            words += ["--revision", options["revision"]]
         words += ["--factors", str(ladder), "-o", str(folder / out)]
         commands.append(shlex.join(words))
         source = str(folder / out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -74,7 +75,9 @@ class Setup:
             raise PlanError(f"the validation share is {self.fraction}; expected a number between 0 and 1")
         if self.sampler not in SAMPLERS:
             raise PlanError(f"unknown sampler {self.sampler!r}{suggestion(self.sampler, SAMPLERS)}; expected grid, tpe")
-        for name, value in (("limit", self.limit), ("trials", self.trials)):
+        if self.patience is not None and math.isnan(self.patience):
+            raise PlanError("patience is not a number; expected nats a token, or none")
+        for name, value in (("limit", self.limit), ("trials", self.trials), ("batch_tokens", self.batch_tokens)):
             if value is not None and value < 1:
                 raise PlanError(f"{name} is {value}; expected at least 1")
         tasks = tuple(self._trimmed(parse_task(spec)) for spec in self.tasks)
@@ -93,14 +96,14 @@ class Setup:
         """The objective that decides the winner."""
         return next(name for name in self.objectives if name != "kept")
 
-    def identity(self, fingerprint: str, tasks: Sequence[Task]) -> dict[str, Any]:
+    def identity(self, fingerprint: str, tokenizer: str, tasks: Sequence[Task]) -> dict[str, Any]:
         """Return what a study belongs to; only the number of trials may grow later."""
         value = asdict(self)
         for name in ("trials", "device", "batch_tokens", "prefix_memory", "model"):
             del value[name]
         if not self.trust_remote_code:
             del value["trust_remote_code"]  # as in studies that are older than it
-        return value | {"weights": fingerprint, "tasks": [_digest(task) for task in tasks]}
+        return value | {"weights": fingerprint, "tokenizer": tokenizer, "tasks": [_digest(task) for task in tasks]}
 
 
 def _digest(task: Task) -> str:

@@ -90,6 +90,12 @@ class Space:
         for name in ("ranks", "methods", "roles", "group_layers"):
             if not getattr(self, name):
                 raise PlanError(f"the sweep has no {name}; give at least one")
+            object.__setattr__(
+                self, name, tuple(dict.fromkeys(getattr(self, name)))
+            )  # what is given twice is tried once
+        for rank in self.ranks:
+            if type(rank) is not int and not (isinstance(rank, tuple) and [type(each) for each in rank] == [int] * 3):
+                raise PlanError(f"ranks hold {rank!r}; expected integers, or for tucker triples (stack, inner, hidden)")
         for size in self.group_layers:
             if size != "all" and size < 1:
                 raise PlanError(f"group_layers holds {size!r}; expected 'all' or a number of layers from 1")

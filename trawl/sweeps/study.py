@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +30,6 @@ from trawl.sweeps.scores import KEPT, LOSSES, Gain
 from trawl.sweeps.setup import Setup
 from trawl.sweeps.space import Intervention
 
-STUDY = "trawl"
 DEFAULT_TRIALS = 100
 ATTEMPTS = 20  # of a sampler to suggest something new
 
@@ -77,6 +78,12 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         ) from e
 
 
+def study_name(identity: Mapping[str, Any], url: str | None) -> str:
+    """Name a sweep's study: a folder's journal holds one, a database those of any sweeps."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return "trawl" if url is None else f"trawl-{digest[:16]}"
+
+
 def _cut_torn_line(path: Path) -> None:
     """Cut off what stands behind the last line end."""
     if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
@@ -101,12 +108,14 @@ class TrialQueue:
         setup: the sweep's.
         folder: the sweep's; processes that share the study share it too.
         storage: where the study lies.
+        name: of the study there.
         interventions: that fit the model; the whole grid.
     """
 
     setup: Setup
     folder: Path
     storage: BaseStorage
+    name: str
     interventions: Sequence[Intervention]
     worker: str = field(init=False)
     _alive: Any = field(init=False, repr=False)
@@ -127,7 +136,7 @@ class TrialQueue:
             try:
                 self.study = optuna.create_study(
                     storage=self.storage,
-                    study_name=STUDY,
+                    study_name=self.name,
                     sampler=sampler,
                     directions=directions,
                     load_if_exists=True,
@@ -141,7 +150,8 @@ class TrialQueue:
 
     def _enqueue_grid(self) -> None:
         """Put what is not yet known of the grid among the trials that wait."""
-        known = {self.intervention(trial) for trial in self.study.get_trials(deepcopy=False)}
+        trials = self.study.get_trials(deepcopy=False)  # of those given back, the copies that wait
+        known = {self.intervention(trial) for trial in trials if trial.state != TrialState.FAIL}
         for intervention in self.interventions[: self.setup.trials]:
             if intervention not in known:
                 self.study.enqueue_trial(self._parameters(intervention))

@@ -15,6 +15,7 @@ from trawl.errors import PlanError
 from trawl.evaluation.subject import check_loadable
 from trawl.locks import locked
 from trawl.observers import Observer, silent
+from trawl.options import pick_device
 from trawl.sweeps.composition import candidates, compose
 from trawl.sweeps.findings import Composed, Findings
 from trawl.sweeps.planner import Planner
@@ -24,7 +25,7 @@ from trawl.sweeps.scorer import Outcome, Scorer
 from trawl.sweeps.scores import KEPT, Gain, Scores, gain
 from trawl.sweeps.setup import ORDERS, Setup
 from trawl.sweeps.space import GroupLayers, Rank, Space
-from trawl.sweeps.study import TrialQueue, open_storage
+from trawl.sweeps.study import TrialQueue, open_storage, study_name
 
 RECORD_SECONDS = 10.0  # between two writings of results.json
 WAIT_SECONDS = 1.0  # for other processes' trials
@@ -135,6 +136,9 @@ def sweep(
     Cost: a trial costs its decomposition, once for all sweeps in the folder, and one pass from the first changed layer.
     """
     space = Space(tuple(ranks), tuple(methods), tuple(roles), layers, tuple(group_layers))
+    if compose_most < 0 or not noise >= 0:
+        name, value = ("noise", noise) if compose_most >= 0 else ("compose", compose_most)
+        raise PlanError(f"{name} is {value}; expected a number from 0")
     if order not in ORDERS:
         raise PlanError(f"unknown order {order!r}; expected {' or '.join(ORDERS)}")
     setup = Setup(
@@ -161,10 +165,17 @@ def sweep(
     planner = Planner(setup, folder)
     interventions, notes = planner.check(space.interventions(planner.layer_count))
     check_loadable(planner.checkpoint.folder, planner.tasks, dtype=dtype, trust_remote_code=trust_remote_code)
-    folder.mkdir(parents=True, exist_ok=True)
+    identity = setup.identity(planner.checkpoint.fingerprint, planner.tokenizer, planner.tasks)
+    if ray is None:
+        pick_device(device)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise PlanError(f"cannot make the folder {folder}: {e.strerror}; choose another with -o") from e
     with locked(folder / "study.lock"):
-        check_identity(folder, setup.identity(planner.checkpoint.fingerprint, planner.tasks))
-    queue = TrialQueue(setup, folder, open_storage(folder, storage), interventions)
+        check_identity(folder, identity)
+        kept = open_storage(folder, storage)
+    queue = TrialQueue(setup, folder, kept, study_name(identity, storage), interventions)
     run = _Run(planner, queue, Findings(planner, queue, notes, command), observer)
     try:
         pool = _pool(setup, folder, ray)
