@@ -35,6 +35,8 @@ def inspect(
     """
     if plot_path and not with_spectra:
         raise click.UsageError("--plot draws spectra; add --spectra")
+    if plot_path and (plot_path.is_dir() or not plot_path.absolute().parent.is_dir()):
+        raise click.BadParameter(f"{plot_path} is no file in a folder that is there", param_hint="--plot")
     if with_spectra:
         show_spectra(model, revision, family_file, layers, roles, plot_path, as_json)
     else:

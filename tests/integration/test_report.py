@@ -55,6 +55,15 @@ def test_a_dense_output(run, zoo, tmp_path):
     assert "trawl compress" in page  # the command, made of the recipe
 
 
+def test_a_report_into_a_file_is_refused(run, zoo, tmp_path):
+    _, out = compressed(zoo, tmp_path / "out", group_layers=1)
+    (tmp_path / "file").touch()
+    for place in ("file", "file/report"):
+        code, _, err = run("report", out, "-o", tmp_path / place)
+        assert code == 2
+        assert "file is no folder; choose another with -o" in " ".join(err.split())
+
+
 def test_a_factored_output_tells_what_it_saves(run, zoo, tmp_path):
     source, out = compressed(zoo, tmp_path / "out", roles="fc", write="factored")
     shutil.rmtree(source)

@@ -65,3 +65,9 @@ def test_the_command_prints_and_draws(zoo, tmp_path, monkeypatch, capsys):
     assert [(item["layer"], item["role"]) for item in found] == [(1, "q"), (1, "gate"), (1, "up"), (1, "down")]
     assert all(0 < item["energy"]["16"] <= item["energy"]["64"] <= 1 for item in found)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for place in (tmp_path, tmp_path / "absent" / "spectra.png"):
+        monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(place)])
+        with pytest.raises(SystemExit) as ended:
+            trawl_cli.main()
+        assert ended.value.code == 2
+        assert "is no file in a folder that is there" in " ".join(capsys.readouterr().err.split())

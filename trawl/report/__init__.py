@@ -42,7 +42,8 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, observer:
         out: the folder to write ``report.html`` and ``report/*.png`` into; ``folder`` by default.
         observer: told of progress, where spectra are measured.
     Returns: the files written; each appears whole, by rename.
-    Raises: PlanError: the folder holds neither, what it holds cannot be read, or the extra ``plot`` is not installed.
+    Raises: PlanError: the folder holds neither, what it holds cannot be read, ``out`` is a file, or the extra ``plot``
+        is not installed.
     Cost: seconds for the pictures, and for spectra where the source's folder is at hand; no weights are changed.
     """
     source = Path(folder)
@@ -56,8 +57,11 @@ def write_report(folder: str | Path, out: str | Path | None = None, *, observer:
     from trawl.report.page import to_html  # noqa: PLC0415 (likewise)
     from trawl.report.sweep_page import sweep_page  # noqa: PLC0415 (likewise)
 
-    page = sweep_page(found, observer) if isinstance(found, Study) else output_page(found, observer)
     target = Path(out) if out is not None else source
+    taken = next((path for path in (target, *target.parents) if path.exists()), target)
+    if not taken.is_dir():
+        raise PlanError(f"cannot write a report into {target}: {taken} is no folder; choose another with -o")
+    page = sweep_page(found, observer) if isinstance(found, Study) else output_page(found, observer)
     (target / PICTURES_NAME).mkdir(parents=True, exist_ok=True)
     pictures = []
     for picture in page.pictures:
