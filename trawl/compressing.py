@@ -32,7 +32,7 @@ from trawl.decomposing import Spread, decompose_stacks
 from trawl.errors import CheckpointError
 from trawl.factor_library import FactorLibrary, digest, versions
 from trawl.hub import open_checkpoint
-from trawl.locks import held
+from trawl.locks import held, may_write
 from trawl.observers import Observer, silent
 from trawl.options import check_anchored, check_moments_folder, check_together, default_out, pick_device
 from trawl.output import copy_side_files, factor_path, load_last_norm, load_result, write_config, write_shards
@@ -163,8 +163,10 @@ class Run:
         planned = replace(planned, refit=text if self.recipe.refit else None)
         if text and kept is None and not reads_moments(planned, text):
             return planned
-        makes = text is not None and self.found is None  # a search has made them, and holds the folder
-        with held(kept) if makes and kept is not None else nullcontext():
+        own = (
+            text is not None and self.found is None
+        )  # a search has made them, and holds the folder
+        with held(kept) if own and kept is not None and may_write(kept) else nullcontext():
             return replace(planned, moments=make_moments(source, kept or workspace.moments, self.observer))
 
     def _spread(self, planned: Plan, cluster: Cluster | None) -> Spread | None:

@@ -24,6 +24,11 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def may_write(folder: Path) -> bool:
+    """Whether something can be made in a folder, if it is there; one that only is to be read needs no lock."""
+    return not folder.exists() or os.access(folder, os.W_OK)
+
+
 @contextmanager
 def held(folder: Path, mode: int = 0o777) -> Iterator[None]:
     """Hold a folder against other runs in a ``with`` block; one in which nothing was made is removed.

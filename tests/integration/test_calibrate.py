@@ -13,6 +13,7 @@ import trawl
 from tests.integration.test_compress import weights_hash
 from tests.integration.test_eval import make_tokenizer, sentence
 from tests.zoo import HIDDEN
+from trawl import compressing
 from trawl.calibration import calibrating, gathering
 from trawl.calibration.calibrating import GRADIENT_WINDOWS, WINDOW, open_moments
 from trawl.calibration.gradients import scratch_bytes
@@ -163,6 +164,17 @@ def test_moments_that_another_run_makes_are_not_made_beside_it(model, text, tmp_
     monkeypatch.setattr(gathering, "gather", beside)
     trawl.compress(model, RECIPE, tmp_path / "a", calibrate=text, calibration_tokens=1024, moments=moments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "moments"]
+
+
+def test_moments_that_are_there_are_read_where_nothing_may_be_written(model, text, tmp_path, monkeypatch):
+    moments = tmp_path / "moments"
+    options = {"calibrate": text, "calibration_tokens": 512, "moments": moments}
+    trawl.compress(model, RECIPE, tmp_path / "a", **options)
+    (moments / "lock").unlink()
+    monkeypatch.setattr(compressing, "may_write", lambda folder: folder != moments)
+    trawl.compress(model, RECIPE, tmp_path / "b", **options)
+    assert weights_hash(tmp_path / "a") == weights_hash(tmp_path / "b")
+    assert not (moments / "lock").exists()
 
 
 def test_moments_lie_neither_in_the_source_nor_in_the_output(model, text, tmp_path):
