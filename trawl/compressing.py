@@ -163,9 +163,7 @@ class Run:
         planned = replace(planned, refit=text if self.recipe.refit else None)
         if text and kept is None and not reads_moments(planned, text):
             return planned
-        own = (
-            text is not None and self.found is None
-        )  # a search has made them, and holds the folder
+        own = text is not None and self.found is None  # a search has made them, and holds the folder
         with held(kept) if own and kept is not None and may_write(kept) else nullcontext():
             return replace(planned, moments=make_moments(source, kept or workspace.moments, self.observer))
 
