@@ -221,9 +221,7 @@ def _compress_to_budget(run: Run) -> Report:
     target = Workspace(Path(run.out) if run.out is not None else budget_out(checkpoint, run.recipe))
     folder = target.search if run.moments is None else Path(run.moments)
     check_moments_folder(folder, checkpoint.folder, target.out)
-    finished = (
-        run.resume and folder.exists() and (target.out / "trawl.json").is_file()
-    )  # what it made, the search tells
+    finished = run.resume and folder.exists() and (target.out / "trawl.json").is_file()  # perhaps what this would make
     target.check(checkpoint.folder, resume=run.resume, overwrite=run.overwrite, needed=0, finished=finished)
     question = Question(
         model=str(run.model),

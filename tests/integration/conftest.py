@@ -1,4 +1,4 @@
-"""A model and a text that tests of refits and of GPUs share; other files have their own of the same names."""
+"""A model and a text that several files share; others have their own of the same names."""
 
 import pytest
 

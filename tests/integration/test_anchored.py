@@ -35,12 +35,6 @@ def with_tokenizer(source, folder):
 
 
 @pytest.fixture(scope="module")
-def model(zoo, tmp_path_factory):
-    """A tiny llama with its tokenizer, never to be written to."""
-    return with_tokenizer(zoo("llama"), tmp_path_factory.mktemp("anchored") / "model")
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("texts") / "sea.txt"
     path.write_text(sentence(3, 3000), encoding="utf-8")

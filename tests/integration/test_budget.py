@@ -213,6 +213,8 @@ def test_a_recipe_without_a_budget_is_refused(model, text, tmp_path):  # noqa: F
 @pytest.mark.parametrize("tokens", [2, 3])
 def test_a_text_of_hardly_a_token_is_enough_to_run(tokens, model, text, tmp_path):  # noqa: F811
     trawl.compress(model, trawl.Recipe(keep=0.8), tmp_path / "out", calibrate=text, calibration_tokens=tokens)
+    assert 1 - (stored(model) - stored(tmp_path / "out")) / of_layers(model) <= 0.8
+    assert torch.isfinite(logits("llama", tmp_path / "out")).all()
 
 
 def test_a_run_that_was_killed_right_after_its_output_appeared_is_complete(model, text, tmp_path, monkeypatch):  # noqa: F811

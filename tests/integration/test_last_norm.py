@@ -187,6 +187,9 @@ def test_the_output_has_it_and_says_so(zoo, text, tmp_path, monkeypatch):
     assert all(torch.equal(found["out"][name], found["plain"][name]) for name in found["plain"])
     said = {name: (tmp_path / name / "README.md").read_text() for name in found}
     assert f"the norm in front of the head gives was scaled by {gain:.4f}" in said["out"]
+    others = "Every other tensor, but for biases of the modules above"
+    assert f"{others}, and the norm in front of the head, is byte-identical" in said["out"]
+    assert f"{others} is byte-identical" in said["plain"]
     assert "in front of the head" not in said["plain"]
     assert refit(model, text, tmp_path / "plain", resume=True).last_norm == 1.0
     assert refit(model, text, tmp_path / "out", resume=True).last_norm == gain

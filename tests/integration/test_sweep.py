@@ -608,6 +608,7 @@ MISTAKES = [
     (["--ranks", "4", "--task", "{small}", "--compose", "-1"], "compose is -1; expected a number from 0"),
     (["--ranks", "4", "--task", "{small}", "--batch-tokens", "0"], "batch_tokens is 0; expected at least 1"),
     (["--ranks", "4", "--task", "{small}", "--device", "gpu"], "unknown device 'gpu'"),
+    (["--ranks", "4", "--task", "{small}", "--device", "mps"], "device 'mps' is none that this runs on"),
     (["--ranks", "4"], "Missing option.*--task"),
     (["--task", "{small}"], "Missing option.*--ranks"),
 ]
