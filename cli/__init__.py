@@ -12,6 +12,7 @@ import traceback
 from types import FrameType
 
 import rich_click as click
+from click.exceptions import NoArgsIsHelpError
 
 from .compress import compress
 from .densify import densify
@@ -58,8 +59,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     try:
         trawl.main(prog_name="trawl", standalone_mode=False)
-    except click.ClickException as e:
+    except NoArgsIsHelpError as e:
         e.show()
+        sys.exit(e.exit_code)
+    except click.ClickException as e:
+        click.echo(_usage_line(e), err=True)
         sys.exit(e.exit_code)
     except Stopped:
         click.echo(f"terminated{_kept()}", err=True)
@@ -84,6 +88,15 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def _kept() -> str:
     """Say what a command that broke off can go on from."""
     return KEPT.get("".join(sys.argv[1:2]), "")
+
+
+def _usage_line(error: click.ClickException) -> str:
+    """Return a mistake on the command line as one line that says where help is."""
+    from .console import printable
+
+    reason = printable(" ".join(error.format_message().split())).rstrip(".")
+    command = getattr(getattr(error, "ctx", None), "command_path", None) or "trawl"
+    return f"{command}: {reason}; see {command} --help"
 
 
 def _one_line(error: Exception) -> str:

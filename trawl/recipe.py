@@ -32,9 +32,8 @@ IN_COMMON = (
     "engine",
 )  # of all parts
 OWN = ("layers", "roles", "group_layers", "share")  # of each part
-
-
 CHOSEN = ("group_layers", "share", "n_iter_max", "tol", "engine")  # by a budget
+OF_FACTORS = ("group_layers", "factor_dtype", "allow_larger", "n_iter_max", "tol", "engine")  # narrow makes none
 
 
 class Recipe(BaseModel):
@@ -173,6 +172,22 @@ class Recipe(BaseModel):
             raise PlanError(f"{name} goes with a budget, and this is method {self.method}; leave {name} out")
         if not narrow and self.rank is None:
             raise PlanError("no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
+        return self
+
+    @model_validator(mode="after")
+    def _check_factors(self) -> Recipe:
+        """Raise PlanError for options of factors where none are stored, or none are made."""
+        if self.write == "dense" and self.factor_dtype is not None:
+            raise PlanError(
+                f"factor_dtype is {self.factor_dtype!r}, and a dense output stores no factors; pass --write factored, "
+                "or leave it out"
+            )
+        for name in OF_FACTORS if self.method == "narrow" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise PlanError(
+                    f"{name} is {getattr(self, name)!r}, and method narrow selects units and makes no factors; leave "
+                    "it out"
+                )
         return self
 
     def _check_mixed(self) -> Recipe:

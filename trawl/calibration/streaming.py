@@ -30,6 +30,7 @@ from trawl.errors import CheckpointError, PlanError
 from trawl.families import FamilyMatch
 from trawl.models import Forward, around, empty_model, find_layers, no_bars
 
+WITHOUT = "give cp, tucker or svd a --rank without --calibrate, which runs no model"  # narrow and budgets always do
 ADDED = 1e-3  # relative difference up to which an output counts as added to the residual stream
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -87,8 +88,7 @@ class BlockChain:
             except REFUSALS as e:
                 first_error = first_error or e
         raise PlanError(
-            f"{type(self.model).__name__} cannot be run block by block, as calibration does: {first_error}; "
-            "leave --calibrate out"
+            f"{type(self.model).__name__} cannot be run block by block, as calibration does: {first_error}; {WITHOUT}"
         ) from first_error
 
     @torch.no_grad()
@@ -301,13 +301,13 @@ def open_chain(checkpoint: Checkpoint, match: FamilyMatch, device: torch.device)
     if getattr(model.config, "is_encoder_decoder", False):
         raise PlanError(
             f"{type(model).__name__} is an encoder-decoder model: two chains of blocks, of which the second needs a "
-            "text of its own; calibration knows decoders and encoders only. Leave --calibrate out"
+            f"text of its own; calibration knows decoders and encoders only; {WITHOUT}"
         )
     if len(match.towers) > 1 or not isinstance(model.get_input_embeddings(), nn.Embedding):
         found = ", ".join(match.towers) if len(match.towers) > 1 else "layers that read no tokens"
         raise PlanError(
             f"{type(model).__name__} has {found}: calibration passes a text through one chain of blocks behind token "
-            "embeddings. Leave --calibrate out"
+            f"embeddings; {WITHOUT}"
         )
     model.config.get_text_config().use_cache = False
     places = _locate(model, checkpoint.tensors)
