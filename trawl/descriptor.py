@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, Literal
 
-from trawl.checkpoint import TensorInfo
+from trawl.checkpoint import BITS, TensorInfo
 from trawl.errors import LoadError, PlanError, ShapeError
 from trawl.interpolation import ORDER, Side, interpolated_sides, stored_shapes
 from trawl.narrow_tensor import NarrowTensor, find_narrow_fault
@@ -110,6 +110,12 @@ class DescribedStack:
     def parameters(self) -> int:
         """Entries of all factors."""
         return sum(math.prod(shape) for shape in self.factor_shapes.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        shapes = self.factor_shapes
+        return sum(math.prod(shape) * BITS[self.dtype_of(factor)] // 8 for factor, shape in shapes.items())
 
     def to_json(self) -> dict[str, Any]:
         """Return the stack as JSON-able values."""

@@ -65,6 +65,21 @@ def test_a_share_is_met_on_disk_and_never_exceeded(keep, model, text, kept, tmp_
     assert made == {name for piece in found["pieces"] for name in names_of(piece)}
 
 
+def test_a_share_of_bfloat16_is_met_in_bytes_with_the_orders_of_rows(model, text, tmp_path):  # noqa: F811
+    """An order's integers have eight bytes each, four times what an entry of a matrix has."""
+    source = tmp_path / "model"
+    shutil.copytree(model, source)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(source)
+    compress(source, tmp_path / "out", text, keep=0.8)
+    before, after = (
+        {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in (source, tmp_path / "out")
+    )
+    assert any(name.endswith("_order") for name in after)
+    lost = sum(tensor.nbytes for tensor in before.values()) - sum(tensor.nbytes for tensor in after.values())
+    assert 0.77 <= 1 - lost / (2 * of_layers(source)) <= 0.8
+
+
 def names_of(piece):
     """Names of the stacks that a piece becomes; a rank of 0 is a matrix that stays dense."""
     if piece["structure"] in ("dense", "narrow"):

@@ -22,10 +22,11 @@ from trawl.budget.found import Found
 from trawl.budget.ledger import DENSE, NOISE, Ledger, Measured
 from trawl.budget.pieces import SMALLEST, Form, Piece, Structure, make_pairs, make_pieces, mixed_recipe
 from trawl.budget.trials import close_ones, probe_blocks
-from trawl.checkpoint import Checkpoint
+from trawl.checkpoint import BITS, Checkpoint
 from trawl.errors import PlanError
 from trawl.families import FamilyMatch
 from trawl.observers import Observer
+from trawl.planned import Plan
 from trawl.planning import make_plan
 from trawl.recipe import Recipe
 
@@ -170,22 +171,29 @@ class Searcher:
         return self._checked(Found(recipe, chosen))
 
     def _fits(self, recipe: Recipe) -> bool:
-        """Whether an output is within the budget, as it lands on disk."""
-        planned = make_plan(self.checkpoint, recipe, self.family_file)
+        """Whether an output is within the budget."""
+        return self._excess(make_plan(self.checkpoint, recipe, self.family_file)) <= 0
+
+    def _excess(self, planned: Plan) -> int:
+        """Return how many parameters an output has above the budget, as it lands on disk.
+
+        In a share that is kept, an integer of an order of rows counts as much as its bytes hold of the factors' dtype.
+        """
         if self.recipe.size is not None:
-            return planned.output_bytes <= self.recipe.size
-        assert self.recipe.keep is not None
-        total = sum(piece.parameters for piece in self.pieces)
+            return math.ceil((planned.output_bytes - self.recipe.size) / _stored(self.checkpoint, self.pieces)[1])
+        stacks = planned.descriptor.stacks if planned.descriptor else ()
+        orders = sum(stack.nbytes * 8 // BITS[stack.dtype] - stack.parameters for stack in stacks)
         lost = self.checkpoint.parameters - planned.output_parameters
-        return total - lost <= self.recipe.keep * total
+        kept = sum(piece.parameters for piece in self.pieces) - lost + orders
+        return kept - _budget(self.checkpoint, self.recipe, self.pieces)
 
     def _choose(self, known: Mapping[str, Measured]) -> Found:
-        """Solve for the budget; a budget of bytes is met by solving again for what headers take."""
+        """Solve for the budget, and again for what headers and orders of rows take on disk."""
         offered = [piece for piece in (*self.pieces, *self.pairs) if piece.name in known]
         menus = [known[piece.name].options() for piece in offered]
         options = [[Option(form.parameters, damage) for form, damage in menu] for menu in menus]
         least = sum(min(option.size for option in menu) for menu in options[: len(self.pieces)])
-        size, budget = self.recipe.size, _budget(self.checkpoint, self.recipe, self.pieces)
+        budget = _budget(self.checkpoint, self.recipe, self.pieces)
         while True:
             if budget < least:
                 raise _out_of_reach(self.checkpoint, self.recipe, self.pieces, least)
@@ -194,10 +202,10 @@ class Searcher:
             chosen = tuple((piece, *menu[index]) for piece, menu, index in indexed if index is not None)
             recipe = mixed_recipe(self.recipe, ((piece, form) for piece, form, _ in chosen))
             planned = make_plan(self.checkpoint, recipe, self.family_file)  # which also says whether it can be written
-            excess = 0 if size is None else planned.output_bytes - size
+            excess = self._excess(planned)
             if excess <= 0:
                 return Found(recipe, chosen)
-            budget -= math.ceil(excess / _stored(self.checkpoint, self.pieces)[1])
+            budget -= excess
 
     def _measured(self) -> dict[str, Measured]:
         """Measure every reference form that is not in the ledger yet, from the last block to the first."""
