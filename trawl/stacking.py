@@ -14,6 +14,7 @@ from trawl.checkpoint import FLOAT_DTYPES, Checkpoint
 from trawl.errors import CheckpointError
 from trawl.families import KIND_OF, Placement
 
+LARGEST = 1e100  # magnitude of an entry whose square, and the sum of such squares, float64 holds
 READ_INNER = ("o", "cross_o", "ssm_out", "down", "expert_down", "embed")  # every other role reads the hidden side
 READ_ALIKE = {
     role: source
@@ -194,7 +195,8 @@ def scan(checkpoint: Checkpoint, name: str) -> float:
         checkpoint: where it is stored.
         name: the stored tensor.
     Returns: max |x|, finite.
-    Raises: CheckpointError: the tensor is not of a float dtype that can be decomposed, or holds NaN or Inf.
+    Raises: CheckpointError: the tensor is not of a float dtype that can be decomposed, or holds NaN, Inf,
+        or what only float64 can.
     Cost: one read of the tensor, at memory speed where it is cached; nothing is kept.
     """
     info = checkpoint.tensors[name]
@@ -208,6 +210,11 @@ def scan(checkpoint: Checkpoint, name: str) -> float:
         count = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"{where} holds {count} NaN or Inf entries; expected finite weights. Repair the checkpoint"
+        )
+    if largest > LARGEST:
+        raise CheckpointError(
+            f"{where} holds an entry of {largest:.0e}, whose square overflows; expected magnitudes up to {LARGEST:.0e}. "
+            "Repair the checkpoint"
         )
     return largest
 

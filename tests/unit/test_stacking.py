@@ -92,6 +92,9 @@ def test_scan_finds_the_largest_magnitude_and_refuses_integers(checkpoint, tmp_p
         CheckpointError, match=r"tensor a \(2, 2\) is stored as I8; expected one of F64, F32, F16, BF16"
     ):
         scan(open_folder(tmp_path), "a")
+    save_file({"a": torch.full((2, 2), 1e200, dtype=torch.float64)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor a \(2, 2\) holds an entry of 1e\+200, whose square overflows"):
+        scan(open_folder(tmp_path), "a")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 4, 9])
