@@ -213,7 +213,7 @@ def scan(checkpoint: Checkpoint, name: str) -> float:
         )
     if largest > LARGEST:
         raise CheckpointError(
-            f"{where} holds an entry of {largest:.0e}, whose square overflows; expected magnitudes up to {LARGEST:.0e}. "
+            f"{where} holds an entry of {largest:.0e}, whose square overflows; expected up to {LARGEST:.0e}. "
             "Repair the checkpoint"
         )
     return largest
