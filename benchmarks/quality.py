@@ -16,8 +16,9 @@ sample` let the model write, they are calibrated on that too, and are rows of th
 replaced in the loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and
 bytes are those of the plan, which are those on disk, with whole factors in the published methods' rows. `--raw FILE`
 keeps every figure as JSON, after each row: the same command goes on where it was interrupted, and more rows or shares
-may be asked for. `--work` keeps moments, damages and trawl's outputs; minutes are those of the run that finished a row,
-so that with an empty `--work` they hold all but the calibration; with `--sampled` that too, on all texts.
+may be asked for. Tables are Markdown, and `--plot FILE` draws all rows. `--work` keeps moments, damages and trawl's
+outputs; minutes are those of the run that finished a row, so that with an empty `--work` they hold all but the
+calibration; with `--sampled` that too, on all texts.
 
 `--speed` times, when all rows are scored, decoding at batch 1 and prefill of 512 tokens on the CPU, in turns with the
 dense model: of the factored or narrow checkpoint of each row's structures and sizes, as trawl stores it, which is all
@@ -307,8 +308,18 @@ def run(bench: Bench, console: Console) -> None:
         save(options, figures)
     if options.speed:
         time_rows(bench, {name: figures[name] for name in makers}, partial(save, options, figures), console)
+    show(figures, options)
+
+
+def show(figures: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Print a table for each share, and draw all rows if that is asked for."""
+    wide = Console(width=300)  # a row of Markdown is one line
     for keep in options.keep:
-        console.print(table(figures, keep))
+        wide.print(table(figures, keep))
+    if options.plot:
+        from scoreboard_picture import draw  # noqa: PLC0415 (matplotlib, of the extra `plot`)
+
+        draw(figures, options.plot)
 
 
 def time_rows(bench: Bench, figures: Mapping[str, dict[str, Any]], store: Callable[[], None], console: Console) -> None:
@@ -339,6 +350,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32", help="to score in")
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--plot", type=Path, help="PNG file for a picture of all rows")
     parser.add_argument("--raw", type=Path, help="JSON file of all figures; rows that it has are not made again")
     options = parser.parse_args()
     logging.disable_progress_bar()

@@ -90,6 +90,16 @@ def test_another_run_times_what_it_is_asked_for_and_makes_no_row_again(board):
     assert "12.35" in printed
 
 
+def test_its_tables_are_markdown_in_one_order_and_its_rows_are_drawn(board, tmp_path):
+    printed = board("--plot", tmp_path / "board.png")
+    lines = [line.split("|") for line in printed.splitlines() if line.startswith("| ")]
+    plainest = ("plain SVD", "ASVD scaling", "whitened SVD", "whitened SVD, interpolative", "Basis Sharing")
+    rest = ("joint whitened SVD", "Tucker of each FC", "uniform narrow", "trawl --plain", "trawl")
+    assert [line[1].strip() for line in lines] == ["", "dense", "int8", *plainest, *rest]
+    assert len({len(line) for line in lines}) == 1
+    assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_row_that_is_none_is_refused(board):
     with pytest.raises(SystemExit, match=r"no such row: trawl --plan; the rows are whitened SVD, .* trawl --plain,"):
         board("--row", "trawl --plan")
