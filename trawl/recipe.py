@@ -33,7 +33,7 @@ IN_COMMON = (
 )  # of all parts
 OWN = ("layers", "roles", "group_layers", "share")  # of each part
 CHOSEN = ("group_layers", "share", "n_iter_max", "tol", "engine")  # by a budget
-OF_FACTORS = ("group_layers", "factor_dtype", "allow_larger", "n_iter_max", "tol", "engine")  # narrow makes none
+OF_FACTORS = ("factor_dtype", "allow_larger", "n_iter_max", "tol", "engine")  # narrow makes none
 
 
 class Recipe(BaseModel):
