@@ -27,8 +27,9 @@ def draw(figures: Mapping[str, Any], path: Path) -> None:
 
     Rows whose perplexity is nowhere below HOPELESS are named under the picture, and not drawn.
     """
-    lines = {title: line for title, line in _lines(figures).items() if _hopeful(line)}
-    left_out = in_order(_lines(figures).keys() - lines.keys())
+    every = _lines(figures)
+    lines = {title: line for title, line in every.items() if _hopeful(line)}
+    left_out = in_order(every.keys() - lines.keys())
     style: Any = STYLE
     with mpl.rc_context(style):
         figure = Figure(figsize=(11, 4.6), layout="constrained", facecolor=PAPER)

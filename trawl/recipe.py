@@ -182,11 +182,10 @@ class Recipe(BaseModel):
                 f"factor_dtype is {self.factor_dtype!r}, and a dense output stores no factors; pass --write factored, "
                 "or leave it out"
             )
-        for name in OF_FACTORS if self.method == "narrow" else ():
+        for name in OF_FACTORS if self.method == "narrow" or self.plain else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise PlanError(
-                    f"{name} is {getattr(self, name)!r}, and method narrow selects units and makes no factors; leave "
-                    "it out"
+                    f"{name} is {getattr(self, name)!r}, and narrow selects units and makes no factors; leave it out"
                 )
         return self
 

@@ -208,9 +208,10 @@ def test_a_family_without_a_field_of_the_width_says_what_works(tmp_path):
         ({"method": "svd", "rank": 8, "width": 0.5}, "width goes with method narrow, and the method is svd"),
         ({"rank": 8, "kv_heads": 1}, "kv_heads goes with method narrow"),
         ({"method": "svd"}, "no rank given"),
-        ({"method": "narrow", "width": 0.5, "tol": 0.1}, "tol is 0.1, and method narrow selects units"),
+        ({"method": "narrow", "width": 0.5, "tol": 0.1}, "tol is 0.1, and narrow selects units"),
         ({"method": "narrow", "width": 8, "write": "factored", "factor_dtype": "bfloat16"}, "factor_dtype is 'bfl"),
         ({"keep": 0.5, "plain": True, "factor_dtype": "bfloat16"}, "a dense output stores no factors"),
+        ({"keep": 0.5, "plain": True, "allow_larger": True}, "allow_larger is True, and narrow selects units"),
     ],
 )
 def test_sizes_and_options_of_another_method_are_refused(options, message):

@@ -97,6 +97,7 @@ def test_its_tables_are_markdown_in_one_order_and_its_rows_are_drawn(board, tmp_
     rest = ("joint whitened SVD", "Tucker of each FC", "uniform narrow", "trawl --plain", "trawl")
     assert [line[1].strip() for line in lines] == ["", "dense", "int8", *plainest, *rest]
     assert len({len(line) for line in lines}) == 1
+    assert [line[6].strip() for line in lines if line[1].strip() == "whitened SVD"] == ["1.000 / 1.000"]
     assert (tmp_path / "board.png").read_bytes().startswith(b"\x89PNG")
 
 
