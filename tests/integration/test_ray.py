@@ -148,6 +148,7 @@ def test_a_machine_that_joins_gets_work_and_a_mistake_in_a_worker_is_one_line(ma
         while len(pool._idle) < 3:
             assert time.monotonic() < last, "no worker on the machine that joined"
             score_all(pool, jobs[:1])
+            time.sleep(0.5)  # which leaves the one that starts the processor
         outcomes = score_all(pool, jobs)
         assert {key: one.scores for key, one in outcomes.items()} == {key: one.scores for key, one in expected.items()}
         absent = Intervention("cp", "fc", "7", 1, 2)
@@ -159,9 +160,10 @@ def test_a_machine_that_joins_gets_work_and_a_mistake_in_a_worker_is_one_line(ma
         machines.remove_node(joined)
 
 
-def test_a_model_that_workers_cannot_open_is_their_error_not_a_hang(machines, model, tmp_path):
+def test_a_model_that_workers_cannot_open_is_their_error_not_a_hang(machines, model, tmp_path, monkeypatch):
     from trawl.sweeps.ray_pool import RayPool
 
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # all of the machine: one worker
     setup = Setup(str(model), Space(RANKS), (spec(model),), objectives=("log_loss",), device="cpu")
     pool = RayPool.start(replace(setup, model=str(tmp_path / "absent")), tmp_path, "auto")
     pool.submit(Job(0, ()))
