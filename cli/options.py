@@ -128,7 +128,7 @@ def model_options(command: Command) -> Command:
 
 def build_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     """Lay the options over the recipe file and check the result."""
-    from trawl.recipe import make_recipe, read_recipe
+    from trawl.recipe_reader import make_recipe, read_recipe
 
     given = {key: value for key, value in options.items() if value is not None}
     if "rank" in given:

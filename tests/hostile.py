@@ -32,7 +32,7 @@ from trawl.factors import Factors
 from trawl.families import match_family
 from trawl.layout import dense_layout
 from trawl.planning import make_plan
-from trawl.recipe import make_recipe, read_recipe
+from trawl.recipe_reader import make_recipe, read_recipe
 from trawl.report.reading import read_folder
 
 LIMIT = 5.0  # seconds of one case; an ordinary one takes a thousandth

@@ -1,19 +1,17 @@
-"""Recipe: what the user asked for, checked at the edge, as YAML in and out."""
+"""Recipe: what the user asked for, checked at the edge."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trawl.decompose import CP, SVD, Method, Tucker
 from trawl.errors import PlanError, RankError, shown, suggestion
 from trawl.families import KINDS, OUTSIDE, ROLES
 from trawl.stacking import Share, format_layers
-from trawl.untrusted import LARGEST_YAML, parse_yaml
 
 METHODS = ("cp", "tucker", "svd", "narrow", "mixed")
 OutputWeighting = Literal["none", "fisher", "kronecker"]
@@ -268,7 +266,7 @@ class Recipe(BaseModel):
         return self
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML that :func:`read_recipe` takes back."""
+        """Return the recipe as YAML that :func:`trawl.recipe_reader.read_recipe` takes back."""
         values = self.model_dump(mode="json", exclude={"parts"})
         if self.parts:
             values["parts"] = [part.model_dump(mode="json", exclude_defaults=True) for part in self.parts]
@@ -369,52 +367,3 @@ def _check_parts(recipe: Recipe) -> None:
         for name in (*IN_COMMON, "anchored"):
             if getattr(part, name) != fields[name].default:
                 raise PlanError(f"{name} of a part is {getattr(part, name)!r}; give it to the mixed recipe as a whole")
-
-
-def make_recipe(values: dict[str, Any], origin: str = "recipe") -> Recipe:
-    """Build a recipe from plain values.
-
-    Args:
-        values: field names with values, as read from YAML or from options.
-        origin: what to call them in a message, such as a file name.
-    Raises: PlanError: an unknown key, or a value that cannot be used, with where and why.
-    """
-    unknown = [key for key in values if key not in Recipe.model_fields]
-    if unknown:
-        hint = suggestion(str(unknown[0]), Recipe.model_fields)
-        raise PlanError(f"{origin}: unknown key {shown(unknown[0])}{hint} (known: {', '.join(Recipe.model_fields)})")
-    method = values.get("method", "cp")
-    if method not in METHODS:
-        raise PlanError(
-            f"{origin}: unknown method {shown(method)}{suggestion(str(method), METHODS)} (known: {', '.join(METHODS)})"
-        )
-    if "rank" not in values and method != "narrow" and not {"keep", "size", "parts"} & set(values):
-        raise PlanError(f"{origin}: no rank given; pass --rank INT (for tucker also --rank R0,R1,R2)")
-    group = values.get("group_layers", "all")
-    if group != "all" and not (isinstance(group, int) and group >= 1):
-        raise PlanError(f"{origin}: group_layers is {shown(group)}; expected 'all' or a number of layers from 1")
-    try:
-        return Recipe(**values)
-    except ValidationError as e:
-        first = e.errors()[0]
-        key = ".".join(str(part) for part in first["loc"][:1])
-        raise PlanError(f"{origin}: {key} is {shown(first['input'])}: {first['msg'][:200]}") from e
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe file's values; :func:`make_recipe` checks them after options have been laid over.
-
-    Raises: PlanError: the file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST_YAML + 1).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise PlanError(f"cannot read recipe {path}: {e}") from e
-    try:
-        values = parse_yaml(text)
-    except ValueError as e:
-        raise PlanError(f"recipe {path} is not valid YAML: {e}") from e
-    if not isinstance(values, dict):
-        raise PlanError(f"recipe {path} holds {type(values).__name__}; expected a mapping such as 'rank: 64'")
-    return values

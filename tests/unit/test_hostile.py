@@ -35,7 +35,7 @@ from trawl.checkpoint import open_folder
 from trawl.errors import CheckpointError, FamilyError, LoadError, PlanError, TrawlError
 from trawl.evaluation.tasks import parse_task
 from trawl.families import match_family
-from trawl.recipe import make_recipe, read_recipe
+from trawl.recipe_reader import make_recipe, read_recipe
 from trawl.redaction import command_line, redacted
 from trawl.report.reading import expand_layers, read_folder
 from trawl.untrusted import own_file, parse_json, parse_yaml

@@ -2,7 +2,8 @@ import pytest
 
 from trawl.decompose import CP, SVD, Tucker
 from trawl.errors import PlanError, RankError
-from trawl.recipe import Recipe, make_recipe, read_recipe
+from trawl.recipe import Recipe
+from trawl.recipe_reader import make_recipe, read_recipe
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 

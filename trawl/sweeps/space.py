@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from trawl.errors import PlanError
-from trawl.recipe import Recipe, make_recipe
+from trawl.recipe import Recipe
+from trawl.recipe_reader import make_recipe
 from trawl.stacking import format_layers
 
 Rank = int | tuple[int, int, int]
