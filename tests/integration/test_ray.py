@@ -42,6 +42,14 @@ def _one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _not_nice():
+    """Let Ray's workers have their share beside other tests; at niceness 15, which Ray gives them, it is hardly any."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_worker_niceness", "0")
+        yield
+
+
 @pytest.fixture(scope="module")
 def machines():
     """A cluster of one machine with two CPUs, which others may join; this process is connected to it."""
