@@ -18,6 +18,7 @@ import transformers
 from transformers import PreTrainedModel
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY = 3, 32, 48, 4, 2, 96
+SWEEPS = {"cp": 8, "tucker": 8, "svd": None}  # n_iter_max; more take longer to say the same about an output
 
 PLAIN = {
     "hidden_size": HIDDEN,

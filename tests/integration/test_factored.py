@@ -8,13 +8,12 @@ import transformers
 
 import trawl
 from tests.integration.test_compress import StopError, stop_at
-from tests.zoo import ZOO
+from tests.zoo import SWEEPS, ZOO
 from trawl.checkpoint import open_folder
 from trawl.densifying import densify
 from trawl.errors import LoadError, PlanError, RankError
 
 RANKS = {"cp": 3, "tucker": (2, 5, 6), "svd": 3}
-SWEEPS = {"cp": 8, "tucker": 8, "svd": None}  # more take longer to say the same about an output
 
 
 def logits(name, folder):

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 
 import trawl
-from tests.zoo import EVERY, MORE, ZOO, answer, build_zoo
+from tests.zoo import EVERY, MORE, SWEEPS, ZOO, answer, build_zoo
 from trawl.calibration.streaming import open_chain
 from trawl.checkpoint import Checkpoint, open_folder
 from trawl.errors import PlanError
@@ -20,7 +20,6 @@ from trawl.tokens import position_limit
 from trawl.writing import multiply_out
 
 RANKS = {"cp": 4, "tucker": (2, 5, 6), "svd": 4}
-SWEEPS = {"cp": 8, "tucker": 8, "svd": None}  # more take longer to say the same about an output
 
 
 def load(name: str, folder: Path) -> torch.nn.Module:
