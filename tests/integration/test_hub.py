@@ -99,6 +99,7 @@ def trawl(hub, tmp_path):
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "1" if offline else "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
+            "OMP_NUM_THREADS": "1",  # as the tests themselves
         }
         command = [sys.executable, "-c", "import trawl_cli; trawl_cli.main()", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)

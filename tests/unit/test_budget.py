@@ -7,14 +7,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import block_diag
-from scipy.optimize import linprog
 
 from trawl.budget import Form, Option, choose, make_pieces
-from trawl.budget import choosing as choosing_module
 from trawl.budget import ledger as ledger_module
 from trawl.budget.curves import Point, Workshop
 from trawl.budget.ledger import Ledger, Measured
@@ -91,7 +90,7 @@ def test_thousands_of_options_are_solved_to_within_a_ten_thousandth():
         scale = float(torch.rand(1, generator=generator)) + 0.01
         menus.append([Option(0, 100.0), *(Option(size, scale / size) for size in sizes)])
     every = [option for menu in menus for option in menu]
-    relaxed = linprog(
+    relaxed = scipy.optimize.linprog(
         [option.damage for option in every],
         A_ub=[[option.size for option in every]],
         b_ub=[2_000_000],
@@ -111,13 +110,13 @@ def test_a_budget_of_the_least_is_met_whatever_the_solver_rounds(size, more):
 
 
 def test_what_the_solver_prints_reaches_nobody(monkeypatch, capfd):
-    solve = choosing_module.milp
+    solve = scipy.optimize.milp
 
     def printing(*args, **options):
         ctypes.CDLL(None).puts(b"of no interest")
         return solve(*args, **options)
 
-    monkeypatch.setattr(choosing_module, "milp", printing)
+    monkeypatch.setattr(scipy.optimize, "milp", printing)
     sys.stdout.write("before\n")
     assert choose([[Option(1, 1.0), Option(2, 0.5)]], 2) == (1,)
     sys.stdout.write("after\n")

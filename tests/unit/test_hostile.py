@@ -7,6 +7,7 @@ import random
 import stat
 import string
 import sys
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from trawl_cli.console import print_table
 
 import trawl
+from tests import hostile
 from tests.hostile import (
     CONFIG,
     FAMILY_YAML,
@@ -416,6 +418,18 @@ def test_a_watch_sees_what_it_looks_for(tmp_path):
         (tmp_path / "written").write_text("x")
         pickle.loads(pickle.dumps(Path.touch))
     assert [what.split()[0] for what in seen] == ["open", "open", "pickle.find_class"]
+
+
+def work_on():
+    while True:
+        pass
+
+
+@pytest.mark.parametrize(("bound", "case"), [("LIMIT", work_on), ("PATIENCE", threading.Event().wait)])
+def test_a_watch_stops_what_works_or_waits_too_long(bound, case, tmp_path, monkeypatch):
+    monkeypatch.setattr(hostile, bound, 0.2)
+    with pytest.raises(hostile.TooSlowError), watched(tmp_path):
+        case()
 
 
 @pytest.mark.parametrize(

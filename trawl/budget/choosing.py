@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from trawl.errors import PlanError
 
@@ -145,6 +143,9 @@ def _solve(
     scale: float,
 ) -> tuple[int | None, ...]:
     """Solve the knapsack within the solver's tolerances; of damage in units of ``scale``, since some are absolute."""
+    from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415 (half a second that others need not pay)
+    from scipy.sparse import csr_array  # noqa: PLC0415 (likewise)
+
     numbered = [(menu, index) for menu, front in enumerate(fronts) for index in front]
     if not numbered:
         return ()

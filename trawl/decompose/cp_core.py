@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tensorly
 import torch
-from tensorly.decomposition import parafac
 from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -73,6 +71,9 @@ def solve_core(core: Tensor, rank: int, limits: CoreLimits, seed: int) -> CoreSo
 
 def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> CoreSolution:
     """Run tensorly's parafac from a start; where a normal equation is singular, the start itself is the solution."""
+    import tensorly  # noqa: PLC0415 (half a second that `trawl plan` need not pay)
+    from tensorly.decomposition import parafac  # noqa: PLC0415 (likewise)
+
     weights = torch.ones(start[0].shape[1], dtype=core.dtype, device=core.device)
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         try:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 
-import tensorly
 import torch
-from tensorly.decomposition import parafac, tucker
 from torch import Tensor
 
 from trawl.decompose.source import SliceSource
@@ -34,6 +32,9 @@ def reference_cp(source: SliceSource, rank: int, n_iter_max: int, tol: float, se
     Cost: the stack in memory several times over, full SVDs of its unfoldings.
     Reference: Kossaifi et al. 2019, https://jmlr.org/papers/v20/18-277.html
     """
+    import tensorly  # noqa: PLC0415 (half a second that `trawl plan` need not pay)
+    from tensorly.decomposition import parafac  # noqa: PLC0415 (likewise)
+
     stack, unit = load_stack(source)
     if not stack.any():
         size, inner, hidden = stack.shape
@@ -73,6 +74,9 @@ def reference_tucker(
     Cost: the stack in memory several times over, full SVDs of its unfoldings.
     Reference: Kossaifi et al. 2019, https://jmlr.org/papers/v20/18-277.html
     """
+    import tensorly  # noqa: PLC0415 (half a second that `trawl plan` need not pay)
+    from tensorly.decomposition import tucker  # noqa: PLC0415 (likewise)
+
     stack, unit = load_stack(source)
     if not stack.any():
         stack[0, 0, 0], unit = 1.0, 0.0
