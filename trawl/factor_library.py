@@ -198,10 +198,12 @@ def digest(factors: Factors) -> str:
     return found.hexdigest()
 
 
-@cache
+_installed = cache(version)  # which reads the package's files, milliseconds each time
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that decide the output's bytes."""
-    return {"trawl": version("trawl-llm"), "torch": torch.__version__, "tensorly": version("tensorly")}
+    return {"trawl": _installed("trawl-llm"), "torch": torch.__version__, "tensorly": _installed("tensorly")}
 
 
 def _identity(weights: str, item: PlannedStack, chain: Sequence[Method]) -> dict[str, Any]:
