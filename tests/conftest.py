@@ -1,16 +1,22 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share.
+
+The process that hands out the tests loads this file and runs none of them: torch is imported by those that do.
+"""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import settings
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+if TYPE_CHECKING:
+    import torch
 
-from tests.zoo import save_zoo
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
@@ -34,12 +40,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Give each test the same draws from torch's global generator, whatever ran before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """Return a function that gives a family's tiny checkpoint, made once a session and never to be written to."""
+    import torch
+
+    from tests.zoo import save_zoo
+
     made: dict[tuple[str, int, torch.dtype], Path] = {}
 
     def folder(name: str, shards: int = 1, dtype: torch.dtype = torch.float32) -> Path:
