@@ -10,12 +10,14 @@ import sys
 import warnings
 
 import pytest
+import tensorly
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.strategies import KINDS, fitting, make_stack, stacks
 from trawl.decompose import CP, SVD, TensorSlices, Tucker, decompose, streaming
+from trawl.decompose.cp_core import unfolding_times_khatri_rao
 from trawl.decompose.range_finder import hidden_basis, orthonormal, row_subspace
 from trawl.decompose.streaming import BLOCK_ENTRIES, Stream, TransposedSlices
 from trawl.errors import PlanError, RankError, ShapeError
@@ -388,9 +390,31 @@ def test_tensorly_is_imported_when_it_is_used_and_its_backend_left_alone():
     code = (
         "import sys, torch, trawl; assert not {'tensorly', 'scipy'} & set(sys.modules); "
         "trawl.decompose(torch.randn(3, 6, 5), trawl.CP(2)); "
-        "import tensorly; assert tensorly.get_backend() == 'numpy'"
+        "import tensorly; assert (tensorly.get_backend(), tensorly.tenalg.get_backend()) == ('numpy', 'core')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 7), (3, 6, 5), (9, 2, 3)])
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_an_unfolding_meets_the_khatri_rao_product_without_forming_it(shape, mode):
+    core, weights = torch.randn(shape, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    factors = [torch.randn(size, 4, dtype=torch.float64) for size in shape]
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        expected = tensorly.tenalg.unfolding_dot_khatri_rao(core, (weights, factors), mode)
+    torch.testing.assert_close(unfolding_times_khatri_rao(core, (weights, factors), mode), expected)
+
+
+def test_the_iterations_on_a_core_form_no_khatri_rao_product(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("formed")
+
+    x = make_stack("random", (3, 20, 16), 3, 0)
+    expected = decompose(x, CP(3))
+    monkeypatch.setattr("tensorly.tenalg.core_tenalg.mttkrp.khatri_rao", refuse)
+    assert decompose(x, CP(3)).relative_error == expected.relative_error
+    with pytest.raises(AssertionError, match="formed"):
+        decompose(x, CP(3, engine="tensorly"))
 
 
 @pytest.mark.gpu
