@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -58,7 +58,7 @@ def solve_core(core: Tensor, rank: int, limits: CoreLimits, seed: int) -> CoreSo
         rank: number of components.
         limits: when to stop.
         seed: for the random start.
-    Cost: 6 S s1 s2 rank operations an iteration, in products of matrices. Memory: twice S s1 rank entries.
+    Cost: 4 S s1 s2 rank operations an iteration, in products of matrices. Memory: twice S s1 rank entries.
     Reference: Kolda & Bader 2009, section 3.4, doi:10.1137/07070111X
     """
     if not limits.trial_sweeps:
@@ -78,9 +78,11 @@ def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> Core
     from tensorly.decomposition import parafac  # noqa: PLC0415 (likewise)
 
     weights = torch.ones(start[0].shape[1], dtype=core.dtype, device=core.device)
+    algebra = _algebra()()
+    algebra.unfolding_dot_khatri_rao = KhatriRao()
     with (
         tensorly.backend_context("pytorch", local_threadsafe=True),
-        tensorly.tenalg.backend_context(_slicewise(), local_threadsafe=True),
+        tensorly.tenalg.backend_context(algebra, local_threadsafe=True),
     ):
         try:
             (_, solved), errors = parafac(
@@ -101,34 +103,43 @@ def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> Core
 
 
 @cache
-def _slicewise() -> Any:
-    """Return tensorly's algebra with :func:`unfolding_times_khatri_rao` in place of its own."""
+def _algebra() -> Any:
+    """Return tensorly's class of functions on tensors; what an object of it has of its own goes before them."""
     from tensorly.tenalg.core_tenalg import CoreTenalgBackend  # noqa: PLC0415 (half a second, as above)
 
     class Slicewise(CoreTenalgBackend, backend_name="slicewise"):  # type: ignore[misc, call-arg]
         """By way of products of slices."""
 
-    Slicewise.register_method("unfolding_dot_khatri_rao", unfolding_times_khatri_rao)
-    return Slicewise()
+    return Slicewise
 
 
-def unfolding_times_khatri_rao(core: Tensor, weighted: tuple[Tensor, Sequence[Tensor]], mode: int) -> Tensor:
-    """Return the unfolding of a core along a mode, times the Khatri-Rao product of the other two factor matrices.
+@dataclass(eq=False)
+class KhatriRao:
+    """The unfoldings of a core, times the Khatri-Rao products of two factor matrices each, which are not formed.
 
-    tensorly forms that product. For the first mode it has s1 s2 rows, and in a core of a few large slices it is larger
-    than all else: writing and reading it takes longer than multiplying.
-
-    Args:
-        core: (S, s1, s2).
-        weighted: weights (R,) of the components, and their factor matrices (S, R), (s1, R), (s2, R).
-        mode: 0, 1 or 2.
-    Returns: (S, R), (s1, R) or (s2, R).
+    tensorly forms them. That of the first mode has s1 s2 rows, and in a core of a few large slices it is larger than
+    all else: writing and reading it takes longer than multiplying. Modes 0 and 1 share a product, as long as the third
+    factor matrix is the same tensor.
     """
-    weights, (a, b, c) = weighted
-    if mode == 2:
-        return core.flatten(0, 1).T @ (a[:, None, :] * b).flatten(0, 1) * weights
-    along = core @ c  # (S, s1, R)
-    return (along * (b if mode == 0 else a[:, None, :])).sum(1 - mode) * weights
+
+    _last: Tensor | None = field(default=None, init=False)
+    _along: Tensor | None = field(default=None, init=False)  # the core times that
+
+    def __call__(self, core: Tensor, weighted: tuple[Tensor, Sequence[Tensor]], mode: int) -> Tensor:
+        """Return the product for a mode.
+
+        Args:
+            core: (S, s1, s2), the same at each call.
+            weighted: weights (R,) of the components, and their factor matrices (S, R), (s1, R), (s2, R).
+            mode: 0, 1 or 2.
+        Returns: (S, R), (s1, R) or (s2, R).
+        """
+        weights, (a, b, c) = weighted
+        if mode == 2:
+            return core.flatten(0, 1).T @ (a[:, None, :] * b).flatten(0, 1) * weights
+        if self._along is None or self._last is not c:
+            self._last, self._along = c, core @ c  # (S, s1, R)
+        return (self._along * (b if mode == 0 else a[:, None, :])).sum(1 - mode) * weights
 
 
 def core_error(core: Tensor, a: Tensor, b: Tensor, c: Tensor) -> float:
