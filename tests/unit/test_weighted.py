@@ -264,7 +264,7 @@ def test_conjugate_gradients_need_one_step_for_one_moment_beside_identities():
     target = sum(metric.times(expected @ gram) for metric, gram in terms.items())
     preconditioned = Preconditioner.of(mean, terms).times(target)
     torch.testing.assert_close(preconditioned, expected, rtol=1e-5, atol=1e-6)
-    found, energy = conjugate_gradients(terms, target, torch.zeros_like(expected), Preconditioner.of(mean, terms))
+    found, energy = conjugate_gradients(terms, target, torch.zeros_like(expected), Preconditioner.of(mean, terms), 1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert energy == pytest.approx(float((target * expected).sum()))
 
@@ -277,7 +277,7 @@ def test_conjugate_gradients_solve_for_several_moments():
     mean = MeanMoment.of([weight.inner for weight in each], [weight.share for weight in each])
     expected = torch.randn(12, 4, dtype=torch.float64)
     target = sum(metric.times(expected @ gram) for metric, gram in terms.items())
-    _, energy = conjugate_gradients(terms, target, torch.zeros_like(expected), Preconditioner.of(mean, terms))
+    _, energy = conjugate_gradients(terms, target, torch.zeros_like(expected), Preconditioner.of(mean, terms), 12)
     assert energy == pytest.approx(float((target * expected).sum()), rel=5e-3)
 
 

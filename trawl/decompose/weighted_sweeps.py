@@ -13,7 +13,8 @@ from trawl.decompose.range_finder import orthonormal, sum_up
 from trawl.decompose.streaming import Stream
 from trawl.decompose.weights import IDENTITY, Metric, SliceWeight
 
-CG_STEPS = 12
+TUCKER_STEPS = 3  # of conjugate gradients for a factor: more take longer, and sweeps end at the same error
+CP_STEPS = 12  # with fewer of them sweeps end elsewhere, at a higher error or a lower one
 CG_TOL = 1e-3  # of the squared residual at the start: sweeps come back to each factor
 DEPENDENT = 1e-12  # of the largest eigenvalue of a small Gram matrix: below it, columns depend on one another
 
@@ -90,7 +91,7 @@ class Preconditioner:
 
 
 def conjugate_gradients(
-    terms: Mapping[Metric, Tensor], target: Tensor, start: Tensor, precondition: Preconditioner
+    terms: Mapping[Metric, Tensor], target: Tensor, start: Tensor, precondition: Preconditioner, steps: int
 ) -> tuple[Tensor, float]:
     """Solve ``Σ C · X · G_C = target`` for X, approximately; no step is worse than the start.
 
@@ -99,6 +100,7 @@ def conjugate_gradients(
         target: (n, r).
         start: (n, r).
         precondition: nearly the inverse.
+        steps: at most.
     Returns: X, and ``2 ⟨target, X⟩ − ⟨X, Σ C X G_C⟩``, the energy that it explains.
     Reference: Hestenes & Stiefel 1952, doi:10.6028/jres.049.044
     """
@@ -111,7 +113,7 @@ def conjugate_gradients(
     z = precondition.times(residual)
     direction, size = z, float((residual * z).sum())
     limit = CG_TOL * max(size, 0.0)
-    for _ in range(CG_STEPS):
+    for _ in range(steps):
         if not size > limit:
             break
         across = apply(direction)
@@ -211,7 +213,8 @@ class Problem:
             terms[along] = torch.add(terms.get(along, torch.zeros_like(term)), term, alpha=weight.share)
         target = sum_up(metric.times(part.T.contiguous()) for metric, part in targets.items())
         precondition = Preconditioner.of(self.inner if left else self.hidden, terms)
-        return conjugate_gradients(terms, target, own, precondition)
+        steps = CP_STEPS if self.diagonal else TUCKER_STEPS
+        return conjugate_gradients(terms, target, own, precondition, steps)
 
     def middles(self, left: Tensor, right: Tensor) -> Tensor:
         """Return every middle of least weighted error, (S, r1, r2)."""
