@@ -15,10 +15,10 @@ trawl's two rows are what `trawl compress --keep` writes, loaded from disk; with
 sample` let the model write, they are calibrated on that too, and are rows of their own. In all others weights are
 replaced in the loaded model by what each row's factors multiply out to, so that a row takes seconds; parameters and
 bytes are those of the plan, which are those on disk, with whole factors in the published methods' rows. `--raw FILE`
-keeps every figure as JSON, after each row: the same command goes on where it was interrupted, and more rows or shares
-may be asked for. Tables are Markdown, and `--plot FILE` draws all rows. `--work` keeps moments, damages and trawl's
-outputs; minutes are those of the run that finished a row, so that with an empty `--work` they hold all but the
-calibration; with `--sampled` that too, on all texts.
+keeps every figure as JSON, after each row: the same command goes on where it was interrupted, on any machine that has
+the same model, texts and tasks, and more rows or shares may be asked for. Tables are Markdown, and `--plot FILE` draws
+all rows. `--work` keeps moments, damages and trawl's outputs; minutes are those of the run that finished a row, so that
+with an empty `--work` they hold all but the calibration; with `--sampled` that too, on all texts.
 
 `--speed` times, when all rows are scored, decoding at batch 1 and prefill of 512 tokens on the CPU, in turns with the
 dense model: of the factored or narrow checkpoint of each row's structures and sizes, as trawl stores it, which is all
@@ -45,7 +45,7 @@ import torch
 from baselines import Weigh, asvd_weights, int8, narrow_recipe, svd_recipe, tucker_recipe, whole_size
 from rich.console import Console
 from safetensors.torch import load_file
-from scoreboard import commit, earlier, save, shown, table
+from scoreboard import commit, earlier, save, settings, shown, table
 from speed import PREFILL, decode, prefill, seconds
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -209,6 +209,12 @@ class Bench:
         return {"WikiText": self.options.data / "wikitext2raw-valid.txt", "C4": self.options.c4}
 
 
+def scored_files(options: argparse.Namespace) -> list[Path]:
+    """Return the files that rows are scored on; of the C4 sample its second half."""
+    tasks = [task.split(":")[1] for task in TASKS if options.accuracy]
+    return [options.data / name for name in ("wikitext2raw-valid.txt", "c4val.txt", *tasks)]
+
+
 def machine(device: torch.device) -> str:
     """Say what computes."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
@@ -360,8 +366,9 @@ def main() -> None:
     refit = {None: "", True: " --refit", False: " --no-refit"}[options.refit]
     also = "".join(f" + {text.name}" for text in options.sampled)
     options.suffix = refit + also  # of the names of trawl's rows
-    earlier(options)
     checkpoint = open_checkpoint(str(options.model))
+    options.settings = settings(options, checkpoint.fingerprint, scored_files(options))
+    earlier(options)
     match = match_checkpoint(checkpoint)
     options.work.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import subprocess
@@ -33,10 +34,19 @@ ORDER = (
 SHOWN = 100  # times whitened SVD's excess, above which a ratio says nothing
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what figures depend on, for rows that may stand in one table."""
-    names = ("model", "data", "windows", "context", "limit", "accuracy", "dtype", "calibrate")
-    return {name: str(getattr(options, name)) for name in names}
+def settings(options: argparse.Namespace, fingerprint: str, scored: Iterable[Path]) -> dict[str, Any]:
+    """Return what figures depend on, for rows that may stand in one table, wherever the files lie.
+
+    Args:
+        options: the command line's.
+        fingerprint: of the model.
+        scored: files that rows are scored on.
+    """
+    names = ("windows", "context", "limit", "accuracy", "dtype")
+    found: dict[str, Any] = {"model": fingerprint} | {name: getattr(options, name) for name in names}
+    for name, files in (("calibrate", options.calibrate), ("scored", scored)):
+        found[name] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return found
 
 
 def commit() -> str:
@@ -53,7 +63,7 @@ def save(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
     if not options.raw:
         return
     partial = options.raw.with_name(f"{options.raw.name}.partial")
-    partial.write_text(json.dumps({"settings": settings(options), "rows": figures}, indent=1), encoding="utf-8")
+    partial.write_text(json.dumps({"settings": options.settings, "rows": figures}, indent=1), encoding="utf-8")
     partial.replace(options.raw)
 
 
@@ -62,8 +72,9 @@ def earlier(options: argparse.Namespace) -> dict[str, Any]:
     if not options.raw or not options.raw.exists():
         return {}
     found = json.loads(options.raw.read_text(encoding="utf-8"))
-    if found.get("settings") != settings(options):
-        sys.exit(f"{options.raw} holds rows of other settings, {found.get('settings')}; name another file with --raw")
+    held = found.get("settings", {})
+    if differing := [name for name, value in options.settings.items() if held.get(name) != value]:
+        sys.exit(f"{options.raw} holds rows of other settings: {', '.join(differing)}; name another file with --raw")
     rows_found: dict[str, Any] = found["rows"]
     return rows_found
 

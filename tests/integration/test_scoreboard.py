@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -108,6 +109,21 @@ def test_a_row_that_is_none_is_refused(board):
 
 def test_rows_of_other_settings_are_not_mixed(board):
     before = (board.folder / "raw.json").read_text()
-    with pytest.raises(SystemExit, match="holds rows of other settings"):
+    with pytest.raises(SystemExit, match="holds rows of other settings: dtype; name another file"):
         board("--dtype", "bfloat16")
+    with pytest.raises(SystemExit, match="holds rows of other settings: calibrate; name another file"):
+        board("--calibrate", board.folder / "c4val.txt")
+    assert (board.folder / "raw.json").read_text() == before
+
+
+def test_what_was_scored_tells_rows_apart_and_not_where_it_lies(board, quality, tmp_path):
+    before = (board.folder / "raw.json").read_text()
+    assert str(board.folder) not in before
+    elsewhere = tmp_path / "data"
+    shutil.copytree(board.folder, elsewhere, ignore=shutil.ignore_patterns("work"))
+    assert "uniform narrow" in board("--data", elsewhere, "--row", "uniform narrow")
+    assert (board.folder / "raw.json").read_text() == before
+    (elsewhere / "wikitext2raw-valid.txt").write_text("another text", encoding="utf-8")
+    with pytest.raises(SystemExit, match="holds rows of other settings: scored"):
+        board("--data", elsewhere)
     assert (board.folder / "raw.json").read_text() == before
