@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import tensorly.decomposition  # noqa: F401 (which CP imports at its first use: it is no part of what that takes)
 import torch
 from rich.console import Console
 from rich.table import Table
