@@ -45,7 +45,7 @@ def settings(options: argparse.Namespace, fingerprint: str, scored: Iterable[Pat
     names = ("windows", "context", "limit", "accuracy", "dtype")
     found: dict[str, Any] = {"model": fingerprint} | {name: getattr(options, name) for name in names}
     for name, files in (("calibrate", options.calibrate), ("scored", scored)):
-        found[name] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        found[name] = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files]
     return found
 
 

@@ -116,7 +116,7 @@ def test_rows_of_other_settings_are_not_mixed(board):
     assert (board.folder / "raw.json").read_text() == before
 
 
-def test_what_was_scored_tells_rows_apart_and_not_where_it_lies(board, quality, tmp_path):
+def test_what_was_scored_tells_rows_apart_and_not_where_it_lies(board, tmp_path):
     before = (board.folder / "raw.json").read_text()
     assert str(board.folder) not in before
     elsewhere = tmp_path / "data"

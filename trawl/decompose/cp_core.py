@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +74,11 @@ def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> Core
     """Run tensorly's parafac from a start; where a normal equation is singular, the start itself is the solution."""
     import tensorly  # noqa: PLC0415 (half a second that `trawl plan` need not pay)
     from tensorly.decomposition import parafac  # noqa: PLC0415 (likewise)
+    from tensorly.tenalg.core_tenalg import CoreTenalgBackend  # noqa: PLC0415 (likewise)
 
     weights = torch.ones(start[0].shape[1], dtype=core.dtype, device=core.device)
-    algebra = _algebra()()
-    algebra.unfolding_dot_khatri_rao = KhatriRao()
+    algebra = CoreTenalgBackend()
+    algebra.unfolding_dot_khatri_rao = KhatriRao()  # of this object alone
     with (
         tensorly.backend_context("pytorch", local_threadsafe=True),
         tensorly.tenalg.backend_context(algebra, local_threadsafe=True),
@@ -100,17 +99,6 @@ def _alternate(core: Tensor, start: Triple, n_iter_max: int, tol: float) -> Core
         (a, b, c), errors = start, []
     change = float(errors[-2] - errors[-1]) if len(errors) > 1 else float("inf")
     return CoreSolution((a, b, c), core_error(core, a, b, c), len(errors), change, abs(change) < tol)
-
-
-@cache
-def _algebra() -> Any:
-    """Return tensorly's class of functions on tensors; what an object of it has of its own goes before them."""
-    from tensorly.tenalg.core_tenalg import CoreTenalgBackend  # noqa: PLC0415 (half a second, as above)
-
-    class Slicewise(CoreTenalgBackend, backend_name="slicewise"):  # type: ignore[misc, call-arg]
-        """By way of products of slices."""
-
-    return Slicewise
 
 
 @dataclass(eq=False)
