@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -231,13 +232,29 @@ def test_a_stored_dtype_changes_the_weights_only(zoo, tmp_path):
     torch.testing.assert_close(moments.input(down).matrix.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_blocks_that_multiply_in_bfloat16_give_nearly_the_same_moments(zoo, tmp_path, name):
+    checkpoint = open_folder(zoo(name))
+    chain, ids = open_chain(checkpoint, match_checkpoint(checkpoint), CPU), windows(4)
+    for low in (False, True):
+        gather(replace(chain, low=low), ids, tmp_path / str(low))
+    stored, rounded = (load_file(tmp_path / f"{low}" / "block-0001.safetensors") for low in (False, True))
+    assert stored.keys() == rounded.keys()
+    matrices = [key for key in stored if key.endswith(".matrix")]
+    assert any(not torch.equal(stored[key], rounded[key]) for key in matrices)
+    for key in matrices:
+        difference = torch.linalg.matrix_norm(stored[key] - rounded[key])
+        assert difference <= 0.02 * torch.linalg.matrix_norm(stored[key]), key
+
+
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("config", ["MixtralConfig", "Qwen3MoeConfig", "GptOssConfig"])
-def test_experts_have_moments_of_the_tokens_that_are_routed_to_them(tmp_path, config):
+def test_experts_have_moments_of_the_tokens_that_are_routed_to_them(tmp_path, config, low):
     """Each token goes to two experts, so that their sums add up to twice that of all tokens."""
     made = getattr(transformers, config)(**EXPERTS)
     folder = save_model(randomize(transformers.AutoModelForCausalLM.from_config(made)).eval(), tmp_path / "model")
     checkpoint = open_folder(folder)
-    chain = open_chain(checkpoint, match_checkpoint(checkpoint), CPU)
+    chain = replace(open_chain(checkpoint, match_checkpoint(checkpoint), CPU), low=low)
     ids = windows(4)
     infos, inputs = gather(chain, ids, tmp_path / "moments")
     stored = load_file(tmp_path / "moments" / "block-0001.safetensors")

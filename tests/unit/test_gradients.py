@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -28,11 +28,12 @@ from trawl.views import View
 CAUSAL = [name for name, entry in ZOO.items() if entry.auto == "AutoModelForCausalLM"]
 
 
-def gathered(folder, ids, out, kind):
+def gathered(folder, ids, out, kind, *, low=False):
     """Run token ids through a checkpoint and back, and open its output moments."""
     checkpoint = open_folder(folder)
     match = match_checkpoint(checkpoint)
-    blocks = gather_gradients(open_chain(checkpoint, match, CPU), ids, match.placements, out, kind)
+    chain = replace(open_chain(checkpoint, match, CPU), low=low)
+    blocks = gather_gradients(chain, ids, match.placements, out, kind)
     write_output_record(out, kind, {}, blocks)
     return match, OutputMoments.read(out, kind)
 
@@ -84,6 +85,16 @@ def test_kronecker_factors_are_moments_of_the_gradients_of_outputs(zoo, tmp_path
             delta = slice_[0] if part.role in READ_INNER else slice_[:, 0]
             total += torch.outer(delta, delta) / ids.numel()
         close(outputs.matrix(part), total)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_blocks_that_multiply_in_bfloat16_give_nearly_the_same_gradients(zoo, tmp_path, name):
+    ids = windows(2, 8)
+    match, outputs = gathered(zoo(name), ids, tmp_path / "stored", "kronecker")
+    _, rounded = gathered(zoo(name), ids, tmp_path / "rounded", "kronecker", low=True)
+    for part in match.placements:
+        difference = torch.linalg.matrix_norm(outputs.matrix(part) - rounded.matrix(part))
+        assert 0 < difference <= 0.15 * torch.linalg.matrix_norm(outputs.matrix(part)), part
 
 
 def test_blocks_may_return_tuples(zoo, tmp_path, monkeypatch):

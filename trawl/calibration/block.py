@@ -45,10 +45,12 @@ class Block:
     Attributes:
         number: counted from 0.
         layer: the module.
+        low: whether it multiplies in bfloat16, its weights staying in float32.
     """
 
     number: int
     layer: nn.Module
+    low: bool = False
 
     @torch.no_grad()
     def run(self, batch: Batch, see: See | None = None) -> Batch:
@@ -86,10 +88,11 @@ class Block:
 
     def _output(self, batch: Batch) -> Batch:
         """Return the batch with the hidden states that leave the block."""
-        call = batch.calls[self.number]
-        output = self.layer(batch.hidden, *call.args, **call.kwargs)
+        call, entering = batch.calls[self.number], batch.hidden
+        with torch.autocast(entering.device.type, torch.bfloat16, enabled=self.low):
+            output = self.layer(entering, *call.args, **call.kwargs)
         as_tuple = isinstance(output, tuple)
-        return replace(batch, hidden=output[0] if as_tuple else output, as_tuple=as_tuple)
+        return replace(batch, hidden=(output[0] if as_tuple else output).to(entering), as_tuple=as_tuple)
 
 
 def importance(stream: Tensor) -> Tensor:

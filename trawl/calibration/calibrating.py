@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trawl.checkpoint import Checkpoint
 from trawl.errors import LoadError, PlanError
 from trawl.families import FamilyMatch
 from trawl.observers import Observer, silent
+from trawl.processor import multiplies_bfloat16
 from trawl.recipe import Compute, OutputWeighting
 from trawl.stacking import READ_ALIKE, READ_INNER
 from trawl.tokens import encode_plain, position_limit, prefix_tokens
@@ -57,6 +58,11 @@ class Calibration:
         from trawl.calibration.streaming import open_chain  # noqa: PLC0415 (transformers' model code: a second)
 
         return open_chain(self.checkpoint, self.match, self.device)
+
+    @property
+    def _quick_chain(self) -> Any:
+        """The same with blocks that multiply in bfloat16, where that is asked for and the device has units for it."""
+        return replace(self.chain, low=self.compute == "bf16" and multiplies_bfloat16(self.device))
 
     @cached_property
     def windows(self) -> torch.Tensor:
@@ -175,7 +181,7 @@ class Calibration:
         (folder / f"{kind}.json").unlink(missing_ok=True)
         places = torch.linspace(0, len(self.windows) - 1, min(GRADIENT_WINDOWS, len(self.windows))).round().long()
         windows = self.windows[places]
-        blocks = gather_gradients(self.chain, windows, self.match.placements, folder, kind, observer=observer)
+        blocks = gather_gradients(self._quick_chain, windows, self.match.placements, folder, kind, observer=observer)
         write_output_record(folder, kind, asdict(Moments.read(folder).identity), blocks)
         return Moments.open(folder, self.checkpoint, kind)
 
@@ -190,7 +196,7 @@ class Calibration:
         except (PlanError, LoadError):
             pass  # none, or unusable: made anew
         (folder / RECORD).unlink(missing_ok=True)
-        write_record(folder, self.identity, *gather(self.chain, self.windows, folder, observer))
+        write_record(folder, self.identity, *gather(self._quick_chain, self.windows, folder, observer))
         return Moments.open(folder, self.checkpoint)
 
 

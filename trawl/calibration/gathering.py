@@ -45,10 +45,11 @@ class MomentSum:
         return cls(panels, torch.zeros(width, dtype=torch.float64, device=device))
 
     def add(self, x: Tensor) -> None:
-        """Add the rows of x, (tokens, n).
+        """Add the rows of x, (tokens, n), of any dtype.
 
         Cost: a little over tokens · n² operations, half of the whole product's.
         """
+        x = x.float()
         for panel, (a, b) in zip(self.panels, _panels(x.shape[1]), strict=True):
             panel.add_(x[:, a:b].T @ x[:, :b])
         self.total += x.sum(0)

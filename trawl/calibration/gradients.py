@@ -53,7 +53,7 @@ class GradientSum:
 
     def see(self, product: str, x: Tensor, gradient: Tensor) -> None:
         """Take the input and the gradient of the output of one product, of one window."""
-        x, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        x, gradient = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
         for name, places in self.slices.get(product, {}).items():
             part = gradient[:, places]  # (tokens, n)
             if self.kind == "kronecker":

@@ -71,9 +71,13 @@ class Products(TorchFunctionMode):
 
 
 def _hand_over(see: Callable[..., None], name: str, experts: bool, *tensors: Tensor) -> None:
-    """Call ``see`` with tensors of one product, or expert by expert with those of a product with all of them."""
-    if not experts:
-        return see(name, *tensors)
-    for expert, parts in enumerate(zip(*tensors, strict=True)):
-        see(expert_name(name, expert), *parts)
+    """Call ``see`` with tensors of one product, or expert by expert with those of a product with all of them.
+
+    What it computes is not part of a block that multiplies in bfloat16.
+    """
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        if not experts:
+            return see(name, *tensors)
+        for expert, parts in enumerate(zip(*tensors, strict=True)):
+            see(expert_name(name, expert), *parts)
     return None

@@ -57,6 +57,7 @@ class BlockChain:
         layers: its blocks, in order.
         paths: their names in the model.
         device: where to compute, in float32.
+        low: whether its blocks multiply in bfloat16.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +66,7 @@ class BlockChain:
     paths: tuple[str, ...]
     device: torch.device
     _places: Mapping[str, tuple[str, str | None]] = field(repr=False)  # of stored tensors in the model, see _locate
+    low: bool = False
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -209,7 +211,7 @@ class BlockChain:
         with _put_back(layer, recurse=True):
             self._load(self.tensors(number), changed or {})
             self._require(layer.state_dict(), path)
-            yield Block(number, layer)
+            yield Block(number, layer, self.low)
 
     def adds(
         self,
