@@ -19,10 +19,10 @@ from trawl.calibration.streaming import BlockChain
 from trawl.errors import CheckpointError
 from trawl.models import fast_products
 
-WINDOWS = 6  # of the calibration text that damages are measured on
-LENGTH = 512  # tokens of each
+WINDOWS = 8  # of the calibration text that damages are measured on
+LENGTH = 256  # tokens of each: of as many tokens, more and shorter windows have the smaller error
 STRIDE = 2  # every so many positions are scored
-AT_ONCE = 3  # windows that are run together; changes whose error suffices are not run on the next ones
+AT_ONCE = 4  # windows that are run together; changes whose error suffices are not run on the next ones
 SUFFICES = 0.1  # of the damage: a standard error that is small enough
 NEGLIGIBLE = 2e-4  # nats a token: one that is small enough whatever the damage
 
