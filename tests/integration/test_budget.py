@@ -337,7 +337,7 @@ def test_a_damage_is_measured_until_its_error_suffices(
         return found[-len(changes) :]
 
     monkeypatch.setattr(damage_module.Gauge, "measure", measure)
-    for share, negligible, windows in ((1e9, 1e-7, 4), (0.0, -1.0, 8)):  # 1e-7: the error of no damage is rounding
+    for share, negligible, windows in ((1e9, 1e-7, 6), (0.0, -1.0, 12)):  # 1e-7: the error of no damage is rounding
         found.clear()
         monkeypatch.setattr(damage_module, "SUFFICES", share)
         monkeypatch.setattr(damage_module, "NEGLIGIBLE", negligible)
