@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import trawl_cli
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trawl
@@ -192,6 +194,25 @@ def test_moments_lie_neither_in_the_source_nor_in_the_output(model, text, tmp_pa
         trawl.find_recipe(model, trawl.Recipe(keep=0.8), model / "moments", calibrate=text)
     assert sorted(path.name for path in model.iterdir()) == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("compute", "units", "rounds"), [("bf16", True, True), ("bf16", False, False), ("float32", True, False)]
+)
+def test_blocks_multiply_in_bfloat16_where_it_is_asked_for_and_fast(  # noqa: PLR0917 (fixtures)
+    model, text, tmp_path, monkeypatch, compute, units, rounds
+):
+    monkeypatch.setattr(calibrating, "multiplies_bfloat16", lambda _: units)
+    monkeypatch.setattr("trawl.models.fast_products", nullcontext)  # which rounds too, on some processors
+    checkpoint, match = opened(model)
+    folders = [tmp_path / name for name in ("exact", "made")]
+    for folder, asked in zip(folders, ("float32", compute), strict=True):
+        calibration = open_moments(checkpoint, match, text, 128, output_weighting="fisher", compute=asked)
+        calibration.make(folder)
+    for name in ("block-0001.safetensors", "fisher-0001.safetensors"):
+        exact, made = (load_file(folder / name) for folder in folders)
+        assert all(tensor.dtype == exact[key].dtype for key, tensor in made.items())
+        assert any(not torch.equal(exact[key], tensor) for key, tensor in made.items()) is rounds
 
 
 def test_the_disk_that_is_asked_for_is_no_more_than_is_used(model, text):
