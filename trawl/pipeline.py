@@ -106,7 +106,7 @@ def find_recipe(
     Returns: the recipe with its parts, to pass to :func:`plan` or :func:`compress` with ``moments=folder``, and what
         each of its parts is predicted to do, and all really do.
     Raises: TrawlError: the checkpoint or the budget cannot be used.
-    Cost: one calibration, and up to four runs of some thousand tokens from each layer on.
+    Cost: one calibration, and up to seven runs of some thousand tokens from each layer on.
     """
     if not recipe.budget:
         raise PlanError(f"the recipe has method {recipe.method} and no budget to search for; give it keep or size")

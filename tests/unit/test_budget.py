@@ -4,7 +4,6 @@ import ctypes
 import itertools
 import math
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +16,7 @@ from scipy.linalg import block_diag
 from trawl.budget import Form, Option, choose, make_pieces
 from trawl.budget import ledger as ledger_module
 from trawl.budget.curves import Point, Workshop
-from trawl.budget.ledger import Ledger, Measured, common_powers
+from trawl.budget.ledger import Ledger, Measured
 from trawl.budget.pieces import SMALLEST, TRIAL_SHARES, Piece, make_pairs
 from trawl.budget.trials import close_ones, probe_blocks
 from trawl.calibration import make_moments, random_calibration
@@ -141,31 +140,6 @@ def test_damage_is_carried_over_by_the_loss():
     damages = {point.form: one.predict(point) for point in one.points}
     assert damages[Form("joint", (8,), 800)] == pytest.approx(0.05)
     assert damages[Form("single", (8,), 800)] == pytest.approx(0.05)  # its loss is in the same unit
-
-
-def test_damage_of_one_size_is_carried_over_by_the_power_found_where_two_were_measured(workshop):
-    _, pieces = workshop
-    two = [
-        measured({("narrow", (4,)): (0.1, 0.0), ("narrow", (8,)): (0.1 / 2**power, 0.0)}) for power in (1.0, 1.2, 1.9)
-    ]
-    fc, attention = (next(piece for piece in pieces if bool(piece.cut) is whole) for whole in (True, False))
-    powers = common_powers([replace(one, piece=fc) for one in two] + [replace(measured({}), piece=attention)])
-    assert powers == {fc.roles: {"narrow": pytest.approx(1.2)}}
-    one = replace(measured({("narrow", (4,)): (0.1, 0.0)}), powers=powers[fc.roles])
-    assert [one.predict(point) for point in one.points] == pytest.approx([0.1 * (4 / n) ** 1.2 for n in (2, 4, 6, 8)])
-    assert powers[fc.roles]["narrow"] == pytest.approx(two[1].power("narrow"))
-
-
-@pytest.mark.parametrize(("probed", "shares"), [(True, [85, 50]), (False, [70])])
-def test_two_sizes_are_measured_where_everything_is_tried_and_one_elsewhere(workshop, probed, shares):
-    for piece in workshop[1]:
-        sizes = [(each, share) for each in piece.structures for share in range(5, 100, 5)]
-        points = [Point(Form(each, (n,), n * piece.parameters // 100), 1.0) for each, n in sizes]
-        found = [
-            (point.form.structure, *point.form.sizes) for point in Measured(piece, points, probed=probed).references()
-        ]
-        borrowing = {"single"} if "joint" in piece.structures else set()  # joint's, whose losses are in the same unit
-        assert found == [(each, share) for each in piece.structures if each not in borrowing for share in shares]
 
 
 def test_noise_makes_no_damage_negative_and_no_slope_steep():

@@ -121,7 +121,7 @@ def find(question: Question, ray: str | None = None, observer: Observer = silent
         ray: ``local``, or the address of a Ray cluster whose workers measure, each on ``OMP_NUM_THREADS`` CPUs, else 1.
         observer: told of progress.
     Raises: TrawlError: the budget or the text cannot be used.
-    Cost: of a calibration; then for every block up to four runs of some thousand tokens from there on, and in two of
+    Cost: of a calibration; then for every block up to seven runs of some thousand tokens from there on, and in two of
         them everything that is tried.
     """
     if not question.calibrate:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import defaultdict
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -40,15 +38,11 @@ class Measured:
         piece: the piece.
         points: every form but the dense one, with its loss.
         damages: of the forms that were measured: mean and standard error, nats a token.
-        probed: whether two sizes of each structure are measured, and not one.
-        powers: of the loss that damage goes with, by structure, where one size was measured.
     """
 
     piece: Piece
     points: list[Point]
     damages: dict[Key, tuple[float, float]] = field(default_factory=dict)
-    probed: bool = True
-    powers: Mapping[Structure, float] = field(default_factory=dict)
 
     def only(self, structures: Container[Structure]) -> Measured:
         """Return what a search goes by: some structures, and the damages of their reference sizes.
@@ -56,8 +50,7 @@ class Measured:
         What other budgets had measured beside these stays out: what a search finds is not to depend on them.
         """
         order = [each for each in (*self.piece.structures, *self.piece.trials) if each in structures]
-        points = [point for each in order for point in self.points if point.form.structure == each]
-        part = Measured(self.piece, points, probed=self.probed, powers=self.powers)
+        part = Measured(self.piece, [point for each in order for point in self.points if point.form.structure == each])
         keys = {(point.form.structure, point.form.sizes) for point in part.references()}
         part.damages.update((key, damage) for key, damage in self.damages.items() if key in keys)
         return part
@@ -76,13 +69,8 @@ class Measured:
         form = point.form
         if (form.structure, form.sizes) in self.damages:
             return max(self.damages[form.structure, form.sizes][0], NOISE)
-        structure = form.structure if self._known(form.structure) else "joint"
-        return _carry(self._known(structure), point.loss, self.powers.get(structure, 1.0))
-
-    def power(self, structure: Structure) -> float | None:
-        """Return the power of the loss that damage goes with between measured sizes; None of one size or none."""
-        known = self._known(structure)
-        return _power(known[0], known[-1]) if len(known) > 1 else None
+        known = self._known(form.structure) or self._known("joint")
+        return _carry(known, point.loss)
 
     def _known(self, structure: Structure) -> list[tuple[float, float]]:
         """Return losses and damages of a structure's measured sizes, by loss."""
@@ -95,13 +83,14 @@ class Measured:
         return sorted(found)
 
     def references(self) -> list[Point]:
-        """Return the points that are measured: one size of each structure, where it might be chosen, or two."""
+        """Return the points that are measured: one or two sizes of each structure, where it might be chosen."""
         found: list[Point] = []
         for structure in (*self.piece.structures, *self.piece.trials):
             points = [point for point in self.points if point.form.structure == structure]
             if not points or (structure == "single" and "joint" in self.piece.structures):
                 continue
-            shares = TRIAL_SHARES.get(structure, (0.85, 0.5) if self.probed else (0.7,))
+            shares: tuple[float, ...] = (0.85, 0.5) if self.piece.cut is None or structure == "narrow" else (0.6,)
+            shares = TRIAL_SHARES.get(structure, shares)
             nearest = [_nearest(points, share * self.piece.parameters) for share in shares]
             found += {id(point): point for point in nearest}.values()
         return found
@@ -111,39 +100,19 @@ def _nearest(points: Sequence[Point], parameters: float) -> Point:
     return min(points, key=lambda point: abs(point.form.parameters - parameters))
 
 
-def common_powers(probed: Sequence[Measured]) -> dict[tuple[str, ...], dict[Structure, float]]:
-    """Return the powers of the loss that damage goes with, by the roles of a piece and by structure.
-
-    Args:
-        probed: pieces of which two sizes were measured.
-    Returns: medians.
-    """
-    found: dict[tuple[str, ...], dict[Structure, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for one in probed:
-        for structure in (*one.piece.structures, *one.piece.trials):
-            if (power := one.power(structure)) is not None:
-                found[one.piece.roles][structure].append(power)
-    return {roles: {name: median(powers) for name, powers in each.items()} for roles, each in found.items()}
-
-
-def _power(near: tuple[float, float], far: tuple[float, float]) -> float:
-    """Return the power of the loss that goes from one (loss, damage) to another, within what is believed."""
-    if far[0] <= near[0]:
-        return 1.0
-    return min(max(math.log(far[1] / near[1]) / math.log(far[0] / near[0]), SLOPES[0]), SLOPES[1])
-
-
-def _carry(known: Sequence[tuple[float, float]], loss: float, power: float) -> float:
-    """Return a damage by a power law through measured (loss, damage), ascending; of one by that power."""
+def _carry(known: Sequence[tuple[float, float]], loss: float) -> float:
+    """Return a damage by a power law through measured (loss, damage), ascending."""
     if loss <= 0:
         return 0.0
     if not known:
         return UNKNOWN
-    if len(known) > 1:
-        place = next((i for i in range(1, len(known) - 1) if loss < known[i][0]), len(known) - 1)
-        known = known[place - 1 : place + 1]
-        power = _power(*known)
-    base, damage = min(known, key=lambda each: abs(math.log(loss / each[0])))
+    if len(known) == 1:
+        return known[0][1] * loss / known[0][0]
+    place = next((i for i in range(1, len(known) - 1) if loss < known[i][0]), len(known) - 1)
+    (near, low), (far, high) = known[place - 1], known[place]
+    power = math.log(high / low) / math.log(far / near) if far > near else 1.0
+    power = min(max(power, SLOPES[0]), SLOPES[1])
+    base, damage = (near, low) if abs(math.log(loss / near)) < abs(math.log(loss / far)) else (far, high)
     return float(damage * (loss / base) ** power)
 
 

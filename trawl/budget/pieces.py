@@ -68,11 +68,6 @@ class Piece:
         return tuple(dict.fromkeys(part.layer for part in self.slices))
 
     @property
-    def roles(self) -> tuple[str, ...]:
-        """The roles of its matrices."""
-        return tuple(part.role for part in self.slices)
-
-    @property
     def covers(self) -> tuple[str, ...]:
         """The pieces of one layer that it stands for."""
         return self.members or (self.name,)
@@ -229,7 +224,8 @@ def make_pairs(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
     pairs = []
     for one in pieces:
         for other in pieces:
-            if other.layer == partner.get(one.layer) and one.roles == other.roles:
+            alike = [part.role for part in one.slices] == [part.role for part in other.slices]
+            if other.layer == partner.get(one.layer) and alike:
                 name = f"{one.name}+{other.layer}"
                 pair = Piece(name, one.slices + other.slices, members=(one.name, other.name))
                 if any(len(stack.layers) > 1 for stack in pair.stacks("shared")):

@@ -19,7 +19,7 @@ import torch
 from trawl.budget.choosing import Option, choose
 from trawl.budget.curves import Workshop
 from trawl.budget.found import Found
-from trawl.budget.ledger import DENSE, NOISE, Ledger, Measured, common_powers
+from trawl.budget.ledger import DENSE, NOISE, Ledger, Measured
 from trawl.budget.pieces import SMALLEST, Form, Piece, Structure, make_pairs, make_pieces, mixed_recipe
 from trawl.budget.trials import close_ones, probe_blocks
 from trawl.checkpoint import BITS, Checkpoint
@@ -215,8 +215,7 @@ class Searcher:
             self.observer("measuring damage", done, len(self.blocks))
             known |= {one.piece.name: one for one in self.measure(block, trials)}
         self.observer("measuring damage", len(self.blocks), len(self.blocks))
-        powers = common_powers([one for one in known.values() if one.probed])
-        return {name: replace(one, powers=powers.get(one.piece.roles, {})) for name, one in known.items()}
+        return known
 
     @property
     def blocks(self) -> list[int]:
@@ -229,30 +228,22 @@ class Searcher:
         return make_pairs(self.pieces)
 
     @cached_property
-    def probed(self) -> frozenset[int]:
-        """Blocks where everything is tried, and their partners: two sizes of each structure are measured there."""
-        blocks = probe_blocks((*self.pieces, *self.pairs))
-        return frozenset(blocks).union(*map(self._partners, blocks))
-
-    def _partners(self, block: int) -> set[int]:
-        """Return the blocks that pieces of two layers have beside the one that they begin in."""
-        return {layer for pair in self.pairs if pair.layer == block for layer in pair.layers} - {block}
-
-    @cached_property
     def trials(self) -> frozenset[Structure]:
         """Structures that came close to the best where they were tried, and are measured everywhere.
 
         Cost: at its first use, of everything in a few blocks.
         """
-        blocks = probe_blocks((*self.pieces, *self.pairs))
-        every = frozenset(structure for piece in (*self.pieces, *self.pairs) for structure in piece.trials)
+        everything = (*self.pieces, *self.pairs)
+        blocks = probe_blocks(everything)
+        every = frozenset(structure for piece in everything for structure in piece.trials)
         total = sum(piece.parameters for piece in self.pieces)
         keep = _budget(self.checkpoint, self.recipe, self.pieces) / total
         close: set[Structure] = set()
         for done, block in enumerate(blocks):
             self.observer("trying structures", done, len(blocks))
+            partners = {layer for pair in self.pairs if pair.layer == block for layer in pair.layers} - {block}
             tried = self.measure(block, every)
-            known = {one.piece.name: one for other in self._partners(block) for one in self.measure(other, frozenset())}
+            known = {one.piece.name: one for other in partners for one in self.measure(other, frozenset())}
             known |= {one.piece.name: one for one in tried}
             close |= {structure for one in tried for structure in close_ones(one, known, keep)}
         self.observer("trying structures", len(blocks), len(blocks))
@@ -276,7 +267,7 @@ class Searcher:
 
     def _curves(self, piece: Piece, trials: frozenset[Structure]) -> Measured:
         """Return all that the ledger knows of a piece, at least what each of its forms loses."""
-        known = replace(self.ledger.load(piece) or Measured(piece, []), probed=piece.layer in self.probed)
+        known = self.ledger.load(piece) or Measured(piece, [])
         wanted = [*piece.structures, *(structure for structure in piece.trials if structure in trials)]
         missing = [each for each in wanted if each not in {point.form.structure for point in known.points}]
         if not missing:
