@@ -19,11 +19,11 @@ from trawl.calibration.streaming import BlockChain
 from trawl.errors import CheckpointError
 from trawl.models import fast_products
 
-WINDOWS = 12  # of the calibration text that damages are measured on
-LENGTH = 256  # tokens of each: of as many tokens, more and shorter windows have the smaller error
+WINDOWS = 6  # of the calibration text that damages are measured on
+LENGTH = 512  # tokens of each
 STRIDE = 2  # every so many positions are scored
-AT_ONCE = 6  # windows that are run together; changes whose error suffices are not run on the next ones
-SUFFICES = 0.2  # of the damage: a standard error that is small enough; two thirds of it are alike for all changes
+AT_ONCE = 3  # windows that are run together; changes whose error suffices are not run on the next ones
+SUFFICES = 0.1  # of the damage: a standard error that is small enough
 NEGLIGIBLE = 2e-4  # nats a token: one that is small enough whatever the damage
 
 Changed = Mapping[str, Tensor]
@@ -163,10 +163,6 @@ class Gauge:
 
 
 def gauge_windows(windows: Tensor) -> Tensor:
-    """Return the beginnings of some calibration windows, (windows, length).
-
-    They are spread evenly over the text, or several, and so are those that are run first.
-    """
+    """Return the beginnings of some calibration windows, spread evenly over them, (windows, length)."""
     places = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()
-    rounds = -(-len(places) // AT_ONCE)
-    return windows[torch.cat([places[first::rounds] for first in range(rounds)]), :LENGTH]
+    return windows[places, :LENGTH]
