@@ -212,7 +212,8 @@ def test_blocks_multiply_in_bfloat16_where_it_is_asked_for_and_fast(  # noqa: PL
     for name in ("block-0001.safetensors", "fisher-0001.safetensors"):
         exact, made = (load_file(folder / name) for folder in folders)
         assert all(tensor.dtype == exact[key].dtype for key, tensor in made.items())
-        assert any(not torch.equal(exact[key], tensor) for key, tensor in made.items()) is rounds
+        differences = [float((exact[key] - tensor).norm() / exact[key].norm()) for key, tensor in made.items()]
+        assert (max(differences) > 1e-4) is rounds
 
 
 def test_the_disk_that_is_asked_for_is_no_more_than_is_used(model, text):

@@ -247,6 +247,23 @@ def test_blocks_that_multiply_in_bfloat16_give_nearly_the_same_moments(zoo, tmp_
         assert difference <= 0.02 * torch.linalg.matrix_norm(stored[key]), key
 
 
+def test_only_the_block_itself_multiplies_in_bfloat16(zoo):
+    """Not what is done with what it gives its weights, nor what is made of what leaves it."""
+    checkpoint = open_folder(zoo("llama"))
+    chain = replace(open_chain(checkpoint, match_checkpoint(checkpoint), CPU), low=True)
+    (batch,), seen = chain.enter([windows(2)]), []
+
+    def see(name, *tensors):
+        seen.append((tensors[0] @ tensors[0].transpose(-1, -2)).dtype)
+        assert not torch.is_autocast_enabled("cpu")
+
+    with chain.loaded(0) as block:
+        leaving = block.run(batch, see).hidden
+        entering = block.back(batch, torch.ones_like(leaving), see)
+    assert leaving.dtype == entering.dtype == torch.float32
+    assert set(seen) == {torch.float32, torch.bfloat16}  # each its own dtype: an FC's activations are in bfloat16
+
+
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("config", ["MixtralConfig", "Qwen3MoeConfig", "GptOssConfig"])
 def test_experts_have_moments_of_the_tokens_that_are_routed_to_them(tmp_path, config, low):

@@ -45,11 +45,10 @@ class MomentSum:
         return cls(panels, torch.zeros(width, dtype=torch.float64, device=device))
 
     def add(self, x: Tensor) -> None:
-        """Add the rows of x, (tokens, n), of any dtype.
+        """Add the rows of x, (tokens, n).
 
         Cost: a little over tokens · n² operations, half of the whole product's.
         """
-        x = x.float()
         for panel, (a, b) in zip(self.panels, _panels(x.shape[1]), strict=True):
             panel.add_(x[:, a:b].T @ x[:, :b])
         self.total += x.sum(0)
@@ -103,7 +102,7 @@ class Gathering:
         same, _ = self._given.setdefault(key, (name, x))  # x is kept, so that no other tensor gets its address
         first = self.first.setdefault(name, same)
         if first == name:
-            self.sums.setdefault(name, MomentSum.of_width(rows.shape[1], rows.device)).add(rows)
+            self.sums.setdefault(name, MomentSum.of_width(rows.shape[1], rows.device)).add(rows.float())
 
     def check(self, layer: int) -> None:
         """Raise CheckpointError for a sum that is not finite."""
